@@ -1,0 +1,43 @@
+# Two commands for a bare clone: `make quickstart` and `make test`.
+#   make test PYTHON=python3.12   runs the same tests on the newer row of versions.
+PYTHON ?= python3
+VENV   ?= .venv$(shell $(PYTHON) -c 'import sys; print("" if sys.version_info < (3, 12) else "-3.%d" % sys.version_info[1])')
+ROW    := $(shell $(PYTHON) -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")')
+BIN    := $(VENV)/bin
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: quickstart test test-slow check format lock clean
+
+$(VENV)/.installed: pyproject.toml requirements/$(ROW).txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements/$(ROW).txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	touch $@
+
+quickstart: $(VENV)/.installed
+	$(BIN)/laif run configs/quickstart.yaml
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/ty check --python $(VENV)
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Both rows are locked; run after a change of dependencies in pyproject.toml.
+lock: $(VENV)/.installed
+	$(BIN)/uv pip compile --quiet --no-header --upgrade --python-version 3.11 --extra dev pyproject.toml -o requirements/py311.txt
+	$(BIN)/uv pip compile --quiet --no-header --upgrade --python-version 3.12 --extra dev pyproject.toml -o requirements/py312.txt
+
+clean:
+	rm -rf .venv .venv-3.* runs build *.egg-info

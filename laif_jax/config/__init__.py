@@ -1,0 +1,1 @@
+"""Configuration: schemas and loading. No JAX here."""

@@ -1,0 +1,43 @@
+"""Data contracts that every room shares, and their reading and writing. No JAX here."""
+
+from laif_jax.records.hashing import content_id, file_sha256, fingerprint
+from laif_jax.records.io import (
+    DataError,
+    append_jsonl,
+    read_jsonl,
+    read_rows,
+    write_json,
+    write_jsonl,
+    write_parquet,
+)
+from laif_jax.records.types import (
+    Comparison,
+    Completion,
+    Judgement,
+    Message,
+    Preference,
+    Prompt,
+    Status,
+    Usage,
+)
+
+__all__ = [
+    "DataError",
+    "Comparison",
+    "Completion",
+    "Judgement",
+    "Message",
+    "Preference",
+    "Prompt",
+    "Status",
+    "Usage",
+    "append_jsonl",
+    "content_id",
+    "file_sha256",
+    "fingerprint",
+    "read_jsonl",
+    "read_rows",
+    "write_json",
+    "write_jsonl",
+    "write_parquet",
+]
