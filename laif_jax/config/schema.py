@@ -1,6 +1,6 @@
 """Typed, frozen schemas of every YAML file. An unknown key, a wrong type or an option without effect is an error."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,13 +13,31 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def _refuse_unused(self, names: dict[str, str], why: str) -> None:
-        """Raises if an option was set although it has no effect; `names` maps it to what would use it."""
-        for name, user in names.items():
-            if name in self.model_fields_set:
+    def unused(self) -> dict[str, tuple[str, str]]:
+        """Options without effect under the others: option -> (the choice that makes it so, what would use it)."""
+        return {}
+
+    @model_validator(mode="after")
+    def _refuse_unused(self) -> Self:
+        for option, (choice, user) in self.unused().items():
+            if option in self.model_fields_set:
                 raise ValueError(
-                    f"`{name}` has no effect with {why}; it is used by {user}. Remove it, or change the method."
+                    f"`{option}` has no effect with {choice}; it is used by {user}. Remove it, or change the method."
                 )
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """All values, defaults included, as plain JSON; options without effect are left out."""
+        unused = self.unused()
+        return {name: _plain(getattr(self, name)) for name in type(self).model_fields if name not in unused}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Spec):
+        return value.resolved()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 # ---- model -----------------------------------------------------------------------------------------------------
@@ -81,9 +99,12 @@ class ModelSpec(Spec):
                 raise ValueError("`source: scratch` needs the sizes under `scratch:`")
             if self.tokenizer is None:
                 raise ValueError("`source: scratch` needs a `tokenizer`")
-        else:
-            self._refuse_unused({"scratch": "`source: scratch`"}, f"`source: {self.source}`")
         return self
+
+    def unused(self) -> dict[str, tuple[str, str]]:
+        if self.source == "scratch":
+            return {}
+        return {"scratch": (f"`source: {self.source}`", "`source: scratch`")}
 
 
 class MeshSpec(Spec):
@@ -118,8 +139,7 @@ class OptimizerSpec(Spec):
     momentum: Fraction = 0.0
     clip_norm: float | None = Field(default=1.0, gt=0)
 
-    @model_validator(mode="after")
-    def _check(self) -> "OptimizerSpec":
+    def unused(self) -> dict[str, tuple[str, str]]:
         uses = {
             "b1": ("adamw", "lion"),
             "b2": ("adamw", "lion"),
@@ -128,9 +148,8 @@ class OptimizerSpec(Spec):
             "momentum": ("rmsprop",),
             "weight_decay": ("adamw", "adafactor", "lion"),
         }
-        unused = {key: " and ".join(names) for key, names in uses.items() if self.name not in names}
-        self._refuse_unused(unused, f"`name: {self.name}`")
-        return self
+        choice = f"`name: {self.name}`"
+        return {key: (choice, " and ".join(names)) for key, names in uses.items() if self.name not in names}
 
 
 class TrainSpec(Spec):
@@ -206,14 +225,17 @@ class DpoSpec(TrainSpec):
 
     @model_validator(mode="after")
     def _check_dpo(self) -> "DpoSpec":
-        uses = {"label_smoothing": ("conservative", "robust"), "gamma": ("simpo",)}
-        unused = {key: " and ".join(names) for key, names in uses.items() if self.loss not in names}
-        if self.loss == "simpo":
-            unused["reference_free"] = "the losses that have a reference"
-        self._refuse_unused(unused, f"`loss: {self.loss}`")
         if self.loss in ("conservative", "robust") and self.label_smoothing == 0.0:
             raise ValueError(f"`loss: {self.loss}` needs `label_smoothing` > 0; without it, it is `sigmoid`")
         return self
+
+    def unused(self) -> dict[str, tuple[str, str]]:
+        uses = {"label_smoothing": ("conservative", "robust"), "gamma": ("simpo",)}
+        choice = f"`loss: {self.loss}`"
+        unused = {key: (choice, " and ".join(names)) for key, names in uses.items() if self.loss not in names}
+        if self.loss == "simpo":
+            unused["reference_free"] = (choice, "the losses that have a reference")
+        return unused
 
 
 class SamplingSpec(Spec):
@@ -229,14 +251,10 @@ class SamplingSpec(Spec):
     samples: Positive = 1
     batch_size: Positive = 32
 
-    @model_validator(mode="after")
-    def _check(self) -> "SamplingSpec":
-        if self.temperature == 0:
-            self._refuse_unused(
-                {"top_p": "a temperature above 0", "top_k": "a temperature above 0"},
-                "`temperature: 0` (greedy)",
-            )
-        return self
+    def unused(self) -> dict[str, tuple[str, str]]:
+        if self.temperature > 0:
+            return {}
+        return dict.fromkeys(("top_p", "top_k"), ("`temperature: 0` (greedy)", "a temperature above 0"))
 
 
 # ---- labelling -------------------------------------------------------------------------------------------------
@@ -305,15 +323,23 @@ class EndpointSpec(Spec):
         }
         if getattr(self, needs[self.provider]) is None:
             raise ValueError(f"`provider: {self.provider}` needs `{needs[self.provider]}`")
-        unused = {
-            field: f"`provider: {provider}`" for provider, field in needs.items() if provider != self.provider
-        }
-        if self.provider != "openai":
-            unused["api_key_env"] = "`provider: openai`"
-        if self.provider not in ("llama_cpp", "checkpoint"):
-            unused["context_length"] = "`provider: llama_cpp`"
-        self._refuse_unused(unused, f"`provider: {self.provider}`")
         return self
+
+    def unused(self) -> dict[str, tuple[str, str]]:
+        users = {
+            "base_url": ("openai",),
+            "api_key_env": ("openai",),
+            "simulated": ("simulated",),
+            "gguf": ("llama_cpp",),
+            "checkpoint": ("checkpoint",),
+            "context_length": ("llama_cpp",),
+        }
+        choice = f"`provider: {self.provider}`"
+        return {
+            option: (choice, f"`provider: {names[0]}`")
+            for option, names in users.items()
+            if self.provider not in names
+        }
 
 
 class TeacherSpec(Spec):
@@ -332,10 +358,12 @@ class TeacherSpec(Spec):
             raise ValueError(
                 "give one of `endpoint` (a model to ask) and `completions` (a column of the data)"
             )
-        if self.completions is not None:
-            unused = dict.fromkeys(("system", "temperature", "max_tokens"), "`endpoint`")
-            self._refuse_unused(unused, "`completions`")
         return self
+
+    def unused(self) -> dict[str, tuple[str, str]]:
+        if self.completions is None:
+            return {}
+        return dict.fromkeys(("system", "temperature", "max_tokens"), ("`completions`", "`endpoint`"))
 
 
 class CriticSpec(Spec):
@@ -355,11 +383,8 @@ class LabelingSpec(Spec):
     poll: float = Field(default=0.2, gt=0)
     min_coverage: Fraction = 0.9
 
-    @model_validator(mode="after")
-    def _check(self) -> "LabelingSpec":
-        if self.url is not None:
-            self._refuse_unused({"store": "a service that `laif run` starts"}, "`url`")
-        return self
+    def unused(self) -> dict[str, tuple[str, str]]:
+        return {} if self.url is None else {"store": ("`url`", "a service that `laif run` starts")}
 
 
 # ---- data ------------------------------------------------------------------------------------------------------
@@ -384,13 +409,18 @@ class PromptSource(Spec):
 
     @model_validator(mode="after")
     def _check(self) -> "PromptSource":
-        if self.kind == "symbols":
-            self._refuse_unused(dict.fromkeys(("path", "prompt", "completions"), "files"), "`kind: symbols`")
-            if self.limit is None:
-                raise ValueError("`kind: symbols` needs `limit`, the number of prompts to make")
-        elif self.path is None:
+        if self.kind == "symbols" and self.limit is None:
+            raise ValueError("`kind: symbols` needs `limit`, the number of prompts to make")
+        if self.kind != "symbols" and self.path is None:
             raise ValueError(f"`kind: {self.kind}` needs `path`")
         return self
+
+    def unused(self) -> dict[str, tuple[str, str]]:
+        if self.kind != "symbols":
+            return {}
+        return dict.fromkeys(
+            ("path", "prompt", "completions"), ("`kind: symbols`", "the kinds that read files")
+        )
 
 
 class SymbolsSpec(Spec):
@@ -440,14 +470,16 @@ class ArmSpec(Spec):
 
     @model_validator(mode="after")
     def _check(self) -> "ArmSpec":
-        if self.optimize == "none":
-            self._refuse_unused(dict.fromkeys(("critic", "pairs"), "`optimize: dpo`"), "`optimize: none`")
-        else:
-            if self.critic is None:
-                raise ValueError(f"arm `{self.name}`: `optimize: {self.optimize}` needs a `critic`")
-            if self.share >= 1.0:
-                raise ValueError(f"arm `{self.name}`: `share: 1.0` leaves no prompts for preferences")
+        if self.optimize != "none" and self.critic is None:
+            raise ValueError(f"arm `{self.name}`: `optimize: {self.optimize}` needs a `critic`")
+        if self.optimize != "none" and self.share >= 1.0:
+            raise ValueError(f"arm `{self.name}`: `share: 1.0` leaves no prompts for preferences")
         return self
+
+    def unused(self) -> dict[str, tuple[str, str]]:
+        if self.optimize != "none":
+            return {}
+        return dict.fromkeys(("critic", "pairs"), ("`optimize: none`", "`optimize: dpo`"))
 
 
 class MatrixSpec(Spec):

@@ -22,9 +22,9 @@ from laif_jax.records.types import (
 )
 
 __all__ = [
-    "DataError",
     "Comparison",
     "Completion",
+    "DataError",
     "Judgement",
     "Message",
     "Preference",

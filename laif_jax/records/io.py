@@ -99,7 +99,8 @@ def _write_atomically(path: PathLike, write: Callable[[Any], None]) -> None:
         temporary.unlink(missing_ok=True)
         raise OSError(
             error.errno,
-            f"cannot write {path}: {error.strerror or error}. Free space or choose another folder; nothing earlier was lost",
+            f"cannot write {path}: {error.strerror or error}. Free space or choose another folder; "
+            "nothing written earlier was lost",
         ) from error
     temporary.replace(path)
 
