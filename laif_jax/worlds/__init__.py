@@ -1,0 +1,1 @@
+"""Synthetic worlds: prompts, answers and their quality, all known by program. No JAX here."""
