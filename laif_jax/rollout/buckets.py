@@ -1,0 +1,34 @@
+"""Which requests are decoded together, in which shapes. Pure Python.
+
+XLA compiles one program per shape, so prompt lengths and batch sizes are rounded up to a few sizes. Requests are sorted
+by length before they are cut into batches, so that a batch pads little.
+"""
+
+from collections.abc import Iterator, Sequence
+
+SMALLEST = 16  # tokens; below this, padding costs less than another compilation
+
+
+def length_bucket(length: int, longest: int) -> int:
+    """The padded length: the next of 16, 32, 64, ... that holds `length`, at most `longest`."""
+    size = SMALLEST
+    while size < length:
+        size *= 2
+    return min(size, longest)
+
+
+def batch_bucket(rows: int, largest: int, multiple: int = 1) -> int:
+    """The padded number of rows: the next power of two, at most `largest`, rounded up to `multiple` (of devices)."""
+    size = min(1 << max(rows - 1, 0).bit_length(), max(largest, rows))
+    return -(-size // multiple) * multiple
+
+
+def plan(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices of requests, batch by batch: every index once, longest first.
+
+    Longest first, so that too little memory shows in the first batch and not in the last. The last batch may be short;
+    the caller pads it.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]

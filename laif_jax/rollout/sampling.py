@@ -1,0 +1,111 @@
+"""Drawing the next token from logits. Pure; every setting is a traced number, so a sweep never recompiles.
+
+Which log-prob is returned. `Draw.logps` is log softmax(logits / temperature)[token], *before* top-k and top-p cut the
+distribution: it is what a trainer computes for the token at that temperature, so importance ratios and KL terms start
+at exactly the trainer's value. A greedy row (temperature 0) reports the log-prob at temperature 1.
+
+Truncation without a sort. Both top-k and top-p keep the tokens whose probability is at least some threshold. The
+threshold is found by bisection on the bit pattern of the probability (a non-negative float orders like its bits), which
+is exact after 31 reductions over the vocabulary. On a CPU with 32 rows and 49k tokens this takes 22 ms against 268 ms
+for a sort, and over a sharded vocabulary it needs only sums. Tokens that tie with the threshold are all kept.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class SamplingParams(NamedTuple):
+    """Settings of one draw; each is a scalar or [B]. `temperature` 0 is greedy, `top_p` 1 and `top_k` 0 are off."""
+
+    temperature: jax.Array | float = 1.0
+    top_p: jax.Array | float = 1.0
+    top_k: jax.Array | int = 0
+
+
+class Draw(NamedTuple):
+    """Sampled tokens [B] int32 and their log-probs [B] float32 (see the module's text)."""
+
+    tokens: jax.Array
+    logps: jax.Array
+
+
+def _threshold(probs: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:
+    """Largest t [B] such that `weights` summed where probs >= t is at least `target` [B]; all are float32."""
+    bits = lax.bitcast_convert_type(probs, jnp.int32)  # probs >= 0: the bit patterns order like the numbers
+
+    def halve(i: jax.Array, low: jax.Array) -> jax.Array:
+        trial = low | (1 << (30 - i))
+        mass = jnp.where(bits >= trial[:, None], weights, 0.0).sum(axis=-1)
+        return jnp.where(mass >= target, trial, low)
+
+    low = lax.fori_loop(0, 31, halve, jnp.zeros_like(bits[:, 0]))
+    return lax.bitcast_convert_type(low, jnp.float32)
+
+
+def truncate(logits: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array:
+    """Logits [B, V] float32 with -inf for the tokens that top-k, then top-p of what is left, cut away.
+
+    Top-p keeps the smallest set of most probable tokens whose mass reaches `top_p` [B] (Holtzman et al. 2020, section
+    3.1), the token that crosses it included. The most probable token always stays.
+    """
+    probs = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+
+    def cut_k(p: jax.Array) -> jax.Array:
+        k = jnp.where(top_k > 0, top_k, p.shape[-1]).astype(jnp.float32)
+        floor = _threshold(p, jnp.ones_like(p), jnp.minimum(k, p.shape[-1]))
+        return jnp.where((p >= floor[:, None]) | (top_k <= 0)[:, None], p, 0.0)
+
+    def cut_p(p: jax.Array) -> jax.Array:
+        floor = _threshold(p, p, top_p * p.sum(axis=-1))
+        floor = jnp.minimum(floor, p.max(axis=-1))
+        return jnp.where((p >= floor[:, None]) | (top_p >= 1.0)[:, None], p, 0.0)
+
+    kept = lax.cond(jnp.any(top_k > 0), cut_k, lambda p: p, probs)
+    kept = lax.cond(jnp.any(top_p < 1.0), cut_p, lambda p: p, kept)
+    # Where nothing was cut, a probability that underflowed to 0 must stay possible as far as float32 can tell.
+    off = ((top_p >= 1.0) & (top_k <= 0))[:, None]
+    return jnp.where((kept > 0.0) | off, logits, -jnp.inf)
+
+
+def sample(logits: jax.Array, keys: jax.Array, params: SamplingParams) -> Draw:
+    """Draws one token per row.
+
+    Args:
+      logits: [B, V] float32.
+      keys: [B] PRNG keys, one per row, so that a row's draw does not depend on the rows beside it.
+      params: scalars or [B] each.
+
+    Returns:
+      Draw(tokens [B] int32, logps [B] float32).
+    """
+    rows = logits.shape[:1]
+    temperature = jnp.broadcast_to(jnp.asarray(params.temperature, jnp.float32), rows)
+    top_p = jnp.broadcast_to(jnp.asarray(params.top_p, jnp.float32), rows)
+    top_k = jnp.broadcast_to(jnp.asarray(params.top_k, jnp.int32), rows)
+    greedy = temperature <= 0.0
+    scaled = logits.astype(jnp.float32) / jnp.where(greedy, 1.0, temperature)[:, None]
+    best = jnp.argmax(scaled, axis=-1).astype(jnp.int32)
+
+    def draw() -> jax.Array:
+        # A greedy row beside sampled ones must not switch the truncation on.
+        kept = truncate(scaled, jnp.where(greedy, 1.0, top_p), jnp.where(greedy, 0, top_k))
+        drawn = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
+        return jnp.where(greedy, best, drawn)
+
+    tokens = lax.cond(jnp.all(greedy), lambda: best, draw)
+    return Draw(tokens, token_logps(scaled, tokens))
+
+
+def token_logps(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """log softmax(logits)[token]: logits [..., V] and tokens [...] -> [...] float32."""
+    picked = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return picked - jax.nn.logsumexp(logits, axis=-1)
+
+
+def top_logps(logits: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The `k` most probable tokens at temperature 1: (ids [B, k] int32, log-probs [B, k] float32), best first."""
+    values, ids = lax.top_k(logits.astype(jnp.float32), k)
+    return ids.astype(jnp.int32), values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
