@@ -133,14 +133,14 @@ def load_config(path: str | epath.Path, overrides: Iterable[str] = ()) -> StudyC
         raise ConfigError(f"{path}: a mapping of keys is expected, found {type(tree).__name__}")
 
     parsed = [parse_override(text) for text in overrides]
-    scale = next((value for key, value in reversed(parsed) if key == ["scale"]), tree.get("scale", "default"))
-    scales = tree.get("scales") or {}
-    if scale != "default":
+    asked = next((value for key, value in reversed(parsed) if key == ["scale"]), None)
+    scale = asked or tree.get("scale", "default")
+    scales = tree.pop("scales", None) or {}
+    # A saved, resolved configuration names its scale but has no `scales`: they are merged into it already.
+    if scale != "default" and (scales or asked):
         if scale not in scales:
             known = ", ".join(["default", *scales])
-            raise ConfigError(
-                f"{path}: scale: there is no scale `{scale}`; known: {known}{_nearest(str(scale), scales)}"
-            )
+            raise ConfigError(f"{path}: scale: there is no scale `{scale}`; known: {known}{_nearest(str(scale), scales)}")
         tree = _merge(tree, scales[scale] or {})
     for key, value in parsed:
         _set_path(tree, key, value, f"override `{'.'.join(key)}`")

@@ -79,6 +79,7 @@ class ModelSpec(Spec):
       tokenizer: where the tokenizer comes from; None: the model's own. "symbols": the synthetic world's.
       template: "model": the tokenizer's own chat template; "human_assistant": the paper's plain template.
       dtype: of compute; the weights that the optimiser sees are always float32.
+      save_dtype: of the weights that a stage writes for the next one and for you.
       remat: what the backward pass recomputes: "none", "full" (whole blocks) or "dots" (all but matrix products).
       logprob_chunk: tokens per chunk of the vocabulary log-probs.
     """
@@ -88,6 +89,7 @@ class ModelSpec(Spec):
     tokenizer: str | None = None
     template: Literal["model", "human_assistant"] = "model"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["none", "full", "dots"] = "full"
     logprob_chunk: Positive = 1024
     lora: LoraSpec | None = None
@@ -511,13 +513,15 @@ class EvaluationSpec(Spec):
 
 
 class StudyConfig(Spec):
-    """One study, one YAML file."""
+    """One study, one YAML file.
+
+    A file may also hold `scales: {NAME: {partial tree}}`; `scale: NAME` merges that tree over the file's.
+    """
 
     name: str
     seed: int = 0
     seeds: Positive = 1  # replicates; replicate i uses seed + i
     scale: str = "default"
-    scales: dict[str, dict[str, Any]] = Field(default_factory=dict)
     out: str = "runs"
     model: ModelSpec
     mesh: MeshSpec = MeshSpec()

@@ -1,0 +1,140 @@
+"""What a stage leaves behind: `runs/<study>/<stage>-<key>/` with a `manifest.json`.
+
+The key is a hash of the stage's settings and of its inputs' keys, so a finished stage is never run twice, and a change
+of any setting reruns exactly what depends on it. An unfinished stage is entered again and resumes by its own means.
+"""
+
+import dataclasses
+import datetime
+import json
+import logging
+import platform
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any
+
+from etils import epath
+
+from laif_jax.parallel import distributed
+from laif_jax.records import content_id, write_json
+
+logger = logging.getLogger(__name__)
+
+# Raised when the meaning of a stage's output changes, so that older artifacts are not mistaken for new ones.
+FORMAT = 1
+
+
+class StageError(RuntimeError):
+    """A stage cannot go on; the message says why and what to do. What was finished before stays."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """A finished stage: its folder and its manifest."""
+
+    path: epath.Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def key(self) -> str:
+        return self.manifest["key"]
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        return self.manifest["metrics"]
+
+
+def stage_key(kind: str, settings: Mapping[str, Any], inputs: Mapping[str, Artifact]) -> str:
+    """The content hash that names a stage's folder."""
+    return content_id(
+        {
+            "kind": kind,
+            "format": FORMAT,
+            "settings": settings,
+            "inputs": {name: artifact.key for name, artifact in inputs.items()},
+        }
+    )
+
+
+def run_stage(
+    kind: str,
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, Artifact],
+    root: epath.Path,
+    work: Callable[[epath.Path], Mapping[str, Any]],
+) -> Artifact:
+    """Runs `work(folder) -> metrics` unless its artifact is finished already.
+
+    All processes of a multi-host run call this together; process 0 alone writes the manifest.
+
+    Args:
+      kind: the stage's name, the first part of the folder's.
+      settings: plain JSON; everything that changes the output must be in here.
+      root: the study's folder.
+
+    Raises:
+      StageError: `work` failed; the manifest says why, and the folder keeps what was done.
+    """
+    key = stage_key(kind, settings, inputs)
+    folder = root / f"{kind}-{key}"
+    manifest_path = folder / "manifest.json"
+    finished = _read_manifest(manifest_path)
+    if distributed.broadcast_json(finished is not None and finished["status"] == "done"):
+        logger.info("%s-%s: finished earlier, not run again", kind, key)
+        return Artifact(folder, finished or json.loads(manifest_path.read_text()))
+
+    manifest: dict[str, Any] = {
+        "kind": kind,
+        "key": key,
+        "status": "running",
+        "settings": dict(settings),
+        "inputs": {name: artifact.key for name, artifact in inputs.items()},
+        "versions": versions(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        # Time spent by earlier attempts that were cut short counts too.
+        "seconds": (finished or {}).get("seconds", 0.0),
+        "attempts": (finished or {}).get("attempts", 0) + 1,
+        "metrics": {},
+    }
+    before = manifest["seconds"]
+    _write(manifest_path, manifest)
+    start = time.monotonic()
+    logger.info("%s-%s: started", kind, key)
+    try:
+        manifest["metrics"] = dict(work(folder))
+    except BaseException as error:
+        manifest |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "seconds": before + time.monotonic() - start}
+        if isinstance(error, Exception):
+            manifest["traceback"] = traceback.format_exc()
+        _write(manifest_path, manifest)
+        if isinstance(error, StageError) or not isinstance(error, Exception):
+            raise
+        raise StageError(f"{kind}-{key}: {type(error).__name__}: {error}") from error
+    manifest |= {"status": "done", "seconds": before + time.monotonic() - start}
+    distributed.barrier(f"{kind}-{key}")
+    _write(manifest_path, manifest)
+    logger.info("%s-%s: done in %.1f s", kind, key, manifest["seconds"] - before)
+    return Artifact(folder, manifest)
+
+
+def _read_manifest(path: epath.Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError:
+        logger.warning("%s is not valid JSON (cut off while it was written?); the stage is run again", path)
+        return None
+
+
+def _write(path: epath.Path, manifest: Mapping[str, Any]) -> None:
+    if distributed.is_main():
+        write_json(path, manifest)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    names = ("laif_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in names}}
