@@ -12,7 +12,7 @@ Notation. For a pair (c, r) = (chosen, rejected) with log-probs summed over the 
     ipo_averaged       s(y) / |y|        (d - 1 / (2 beta))^2                  the same, as TRL has it
     hinge              s(y)              max(0, 1 - beta d)                    SLiC, RSO (Liu et al. 2023)
     simpo              log pi(y) / |y|   -log sigmoid(beta d - gamma)          Meng et al. 2024, eq. 6
-    length_normalised  s(y) / |y|        -log sigmoid(beta d)                      Lambert et al. 2024 (Tulu 3)
+    length_normalised  s(y) / |y|        -log sigmoid(beta d)                  Lambert et al. 2024 (Tulu 3)
 
 `gamma` is SimPO's own, outside the beta: the ratio that its code calls `gamma_beta_ratio` is gamma / beta.
 
