@@ -1,0 +1,161 @@
+"""The train step: unreduced sums over micro-batches, one division by the global weight, clip, update."""
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from laif_jax.objectives import LossOut
+from laif_jax.training.state import TrainState, merge
+
+LossFn = Callable[[Any, Mapping[str, jax.Array], Mapping[str, jax.Array]], Any]
+log = logging.getLogger(__name__)
+
+
+def enable_compilation_cache(directory: str | Path | None = None) -> Path | None:
+    """Keeps compiled programs on disk, so that a second run of the same shapes starts at once.
+
+    Args:
+      directory: where; None: the environment variable LAIF_CACHE, else ~/.cache/laif_jax/xla. LAIF_CACHE=off turns the
+        cache off.
+
+    Returns:
+      The folder, or None when it is off or cannot be written (which is logged, and harmless).
+    """
+    chosen = str(directory or os.environ.get("LAIF_CACHE") or Path.home() / ".cache" / "laif_jax" / "xla")
+    if chosen.lower() in ("off", "0", "none"):
+        return None
+    path = Path(chosen).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        log.warning(
+            "no compilation cache: cannot write %s (%s); set LAIF_CACHE to another folder", path, error
+        )
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    return path
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    mesh: Mesh,
+    state_shardings: TrainState,
+    batch_shardings: Mapping[str, NamedSharding],
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """The jitted `step(state, batch, hyper) -> (state, metrics)`; `state` is donated.
+
+    Two calls with equal arguments return the same jitted function, so arms and seeds that share static settings and
+    shapes share one compiled program. `loss_fn` therefore has to be hashable by what it compiles to (the tasks of
+    `laif_jax.training.tasks` are).
+
+    Args:
+      loss_fn: `(params, micro_batch, hyper) -> LossOut` of unreduced sums, or `(LossOut, outputs)` with a dict of
+        per-example arrays that are stacked over micro-batches and returned under `metrics["outputs"]`.
+      optimizer: of `make_optimizer` (or any optax transformation of fixed learning rate).
+      mesh: all shardings are on it.
+      state_shardings: a TrainState of shardings. batch_shardings: one per array of the batch, [A, ...] each, A being
+        the number of micro-batches.
+
+    Returns:
+      The step. `hyper` is a dict of float32 scalars: `learning_rate`, `weight_decay`, `clip_norm` and what the loss
+      reads. Metrics are float32 scalars: `loss` and each metric of the loss (sum / weight over the whole batch),
+      `grad_norm` (before clipping), `learning_rate`, `num_tokens` (real tokens, where the batch has segment ids),
+      `weight` (what the loss was divided by) and `healthy` (1, or 0 if the update was refused, see `TrainState`).
+    """
+    leaves, treedef = jax.tree.flatten(state_shardings)
+    return _compiled_step(
+        loss_fn, cast(Any, optimizer), mesh, treedef, tuple(leaves), tuple(sorted(batch_shardings.items()))
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    treedef: Any,
+    leaves: tuple[NamedSharding, ...],
+    batch_items: tuple[tuple[str, NamedSharding], ...],
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    shardings: TrainState = jax.tree.unflatten(treedef, leaves)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    run = optax.with_extra_args_support(optimizer)
+
+    def step(state: TrainState, batch: Any, hyper: Any) -> tuple[TrainState, dict[str, Any]]:
+        grads, sums, outputs = _accumulate(loss_fn, state, batch, hyper, shardings.trainable)
+        total, weight, sums = sums
+        scale = 1.0 / jnp.where(weight > 0, weight, 1.0)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        norm = optax.global_norm(grads)
+        loss = total * scale
+        healthy = state.healthy & jnp.isfinite(loss) & jnp.isfinite(norm) & (weight > 0)
+        clip = hyper.get("clip_norm", jnp.inf)
+        clipped = jax.tree.map(lambda g: g * jnp.where(norm > clip, clip / norm, 1.0), grads)
+        updates, opt_state = run.update(
+            clipped,
+            state.opt_state,
+            state.trainable,
+            learning_rate=hyper["learning_rate"],
+            weight_decay=hyper.get("weight_decay", 0.0),
+        )
+        new = (state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
+        old = (state.step, state.trainable, state.opt_state)
+        count, trainable, opt_state = jax.tree.map(lambda n, o: jnp.where(healthy, n, o), new, old)
+        metrics = {name: value / count_of for name, (value, count_of) in sums.items()}
+        metrics |= {
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": hyper["learning_rate"],
+            "weight": weight,
+        }
+        metrics["healthy"] = healthy.astype(jnp.float32)
+        if "segment_ids" in batch:
+            metrics["num_tokens"] = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
+        if outputs:
+            metrics["outputs"] = outputs
+        return TrainState(count, trainable, state.frozen, opt_state, healthy), metrics
+
+    return jax.jit(
+        step,
+        in_shardings=(shardings, dict(batch_items), replicated),
+        out_shardings=(shardings, replicated),
+        donate_argnums=(0,),
+    )
+
+
+def _accumulate(
+    loss_fn: LossFn, state: TrainState, batch: Any, hyper: Any, shardings: Any
+) -> tuple[Any, Any, Any]:
+    """Float32 sums of gradients, loss, weight and metrics over the leading micro-batch axis, and stacked outputs."""
+
+    def loss(trainable: Any, micro: Any) -> tuple[jax.Array, tuple[LossOut, dict[str, jax.Array]]]:
+        out = loss_fn(merge(trainable, state.frozen), micro, hyper)
+        out, outputs = (out, {}) if isinstance(out, LossOut) else out
+        return out.total, (out, outputs)
+
+    def body(carry: Any, micro: Any) -> tuple[Any, dict[str, jax.Array]]:
+        grads, sums = carry
+        (_, (out, outputs)), new = jax.value_and_grad(loss, has_aux=True)(state.trainable, micro)
+        grads = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), grads, new)
+        # Keeps the running sums where their parameters lie: a reduce-scatter instead of an all-reduce.
+        grads = jax.lax.with_sharding_constraint(grads, shardings)
+        return (grads, jax.tree.map(jnp.add, sums, tuple(out))), outputs
+
+    first = jax.tree.map(lambda x: x[0], batch)
+    shapes = jax.eval_shape(loss, state.trainable, first)[1][0]
+    zeros = lambda x: jnp.zeros(x.shape, jnp.float32)  # noqa: E731
+    start = (jax.tree.map(zeros, state.trainable), jax.tree.map(zeros, tuple(shapes)))
+    (grads, sums), outputs = jax.lax.scan(body, start, batch)
+    return grads, sums, outputs
