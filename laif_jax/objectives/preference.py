@@ -51,7 +51,7 @@ PREFERENCE_LOSSES = (
     "simpo",
     "length_normalised",
 )
-_AVERAGED = ("ipo_averaged", "simpo", "length_normalised")
+_AVERAGED = ("ipo_averaged", "length_normalised")  # and simpo, without a reference
 _SMOOTHED = ("conservative", "robust")
 
 Hyper = Mapping[str, jax.Array | float]
@@ -82,8 +82,9 @@ def preference_loss(
         `sft_weight` and `reference_free` (0 or 1: the reference's log-probs count as 0), both 0 where absent.
 
     Returns:
-      LossOut with weight = sum of `weight` and TRL's metric names; `rewards/*` are beta u(y), the scores that this
-      loss compares, and an exact tie counts 0.5 in `rewards/accuracies`.
+      LossOut with weight = sum of `weight` and TRL's metric names. As in TRL, `rewards/*` are beta s(y) for every loss
+      with a reference, also where the loss averages over tokens, and beta u(y) for "simpo". An exact tie counts 0.5 in
+      `rewards/accuracies`. `rewards/implicit_p` is sigmoid(beta d), of the margin that the loss itself compares.
 
     Raises:
       ValueError: for an unknown kind, or a missing scalar.
@@ -108,9 +109,10 @@ def preference_loss(
     weight = weight.astype(jnp.float32)
     p = jax.lax.stop_gradient(p)
 
-    score_c = _score(kind, pi_c, ref_c, len_c, hyper)
-    score_r = _score(kind, pi_r, ref_r, len_r, hyper)
-    if_chosen, if_rejected = _pair_losses(kind, score_c - score_r, hyper)
+    score_c, reward_c = _score(kind, pi_c, ref_c, len_c, hyper)
+    score_r, reward_r = _score(kind, pi_r, ref_r, len_r, hyper)
+    margin = score_c - score_r
+    if_chosen, if_rejected = _pair_losses(kind, margin, hyper)
     label = _label(kind, p, hyper)
     per_pair = label * if_chosen + (1.0 - label) * if_rejected  # [N]
     nll = -safe_divide(pi_c, len_c)  # [N], per token
@@ -118,14 +120,14 @@ def preference_loss(
     if "sft_weight" in hyper:
         total += hyper["sft_weight"] * jnp.sum(weight * nll)
 
-    reward_c, reward_r = hyper["beta"] * score_c, hyper["beta"] * score_r
-    margin = reward_c - reward_r
+    beta = hyper["beta"]
+    difference = reward_c - reward_r
     values = {
-        "rewards/chosen": reward_c,
-        "rewards/rejected": reward_r,
-        "rewards/margins": margin,
-        "rewards/accuracies": jnp.where(margin == 0, 0.5, margin > 0),
-        "rewards/implicit_p": jax.nn.sigmoid(margin),
+        "rewards/chosen": beta * reward_c,
+        "rewards/rejected": beta * reward_r,
+        "rewards/margins": beta * difference,
+        "rewards/accuracies": jnp.where(difference == 0, 0.5, difference > 0),
+        "rewards/implicit_p": jax.nn.sigmoid(beta * margin),
         "labels/p_chosen": p,
         "logps/chosen": pi_c,
         "logps/rejected": pi_r,
@@ -152,13 +154,16 @@ def _check(kind: str, hyper: Hyper) -> None:
         )
 
 
-def _score(kind: str, policy: jax.Array, reference: jax.Array, tokens: jax.Array, hyper: Hyper) -> jax.Array:
-    """u(y) of each response; [N]."""
-    score = policy
-    if kind != "simpo":
-        kept = 1.0 - hyper.get("reference_free", 0.0)
-        score = policy - kept * jax.lax.stop_gradient(reference)
-    return safe_divide(score, tokens) if kind in _AVERAGED else score
+def _score(
+    kind: str, policy: jax.Array, reference: jax.Array, tokens: jax.Array, hyper: Hyper
+) -> tuple[jax.Array, jax.Array]:
+    """(u(y), reward / beta) of each response; [N] each."""
+    if kind == "simpo":
+        score = safe_divide(policy, tokens)
+        return score, score
+    kept = 1.0 - hyper.get("reference_free", 0.0)
+    ratio = policy - kept * jax.lax.stop_gradient(reference)
+    return (safe_divide(ratio, tokens) if kind in _AVERAGED else ratio), ratio
 
 
 def _pair_losses(kind: str, margin: jax.Array, hyper: Hyper) -> tuple[jax.Array, jax.Array]:

@@ -14,7 +14,8 @@ from laif_jax.parallel.mesh import ROW_AXES
 Tree = TypeVar("Tree")
 
 # Logical axis -> mesh axes. The first dimension that names a mesh axis has it: in [batch, length, embed] `batch` takes
-# fsdp and `embed` stays whole, in a kernel [embed, mlp] `embed` takes it. So the same names serve parameters and activations.
+# fsdp and `embed` stays whole, in a kernel [embed, mlp] `embed` has it. So one set of names serves parameters and
+# activations.
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ROW_AXES,
     "length": (),
@@ -55,8 +56,8 @@ def partition_spec(
 ) -> P:
     """The PartitionSpec of an array by `RULES`.
 
-    Mesh axes of size 1 are left out, and so is one that an earlier dimension asked for. Where the devices of a dimension's
-    mesh axes do not divide it, the longest leading part of them that does is kept.
+    Mesh axes of size 1 are left out, and so is one that an earlier dimension asked for. Where the devices of a
+    dimension's mesh axes do not divide it, the longest leading part of them that does is kept.
 
     Args:
       logical_axes: one name of `RULES`, or None (never split), per dimension.
