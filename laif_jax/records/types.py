@@ -50,10 +50,19 @@ class Prompt(Record):
     @model_validator(mode="before")
     @classmethod
     def _fill_id(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and not data.get("id"):
-            messages = [m if isinstance(m, Mapping) else m.model_dump() for m in data["messages"]]
+        if not isinstance(data, Mapping) or data.get("id"):
+            return data
+        try:
+            messages = [m.model_dump() if isinstance(m, Message) else m for m in data["messages"]]
             return {**data, "id": content_id([[m["role"], m["content"]] for m in messages])}
-        return data
+        except (KeyError, TypeError):
+            return data  # malformed: the fields' own checks say how
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if all(message.role != "user" for message in self.messages):
+            raise ValueError("a prompt needs at least one message with role `user`")
+        return self
 
     @classmethod
     def from_text(cls, instruction: str, *, source: str = "", split: str = "train", **meta: Any) -> Self:
@@ -85,10 +94,13 @@ class Completion(Record):
     @model_validator(mode="before")
     @classmethod
     def _fill_id(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and not data.get("id"):
+        if not isinstance(data, Mapping) or data.get("id"):
+            return data
+        try:
             key = [data["prompt_id"], data["generator"], data["text"], data.get("sample_index", 0)]
             return {**data, "id": content_id(key)}
-        return data
+        except (KeyError, TypeError):
+            return data  # malformed: the fields' own checks say how
 
 
 class Comparison(Record):
