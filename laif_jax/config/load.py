@@ -140,7 +140,9 @@ def load_config(path: str | epath.Path, overrides: Iterable[str] = ()) -> StudyC
     if scale != "default" and (scales or asked):
         if scale not in scales:
             known = ", ".join(["default", *scales])
-            raise ConfigError(f"{path}: scale: there is no scale `{scale}`; known: {known}{_nearest(str(scale), scales)}")
+            raise ConfigError(
+                f"{path}: scale: there is no scale `{scale}`; known: {known}{_nearest(str(scale), scales)}"
+            )
         tree = _merge(tree, scales[scale] or {})
     for key, value in parsed:
         _set_path(tree, key, value, f"override `{'.'.join(key)}`")
@@ -232,6 +234,7 @@ def _dangling_names(config: StudyConfig) -> Iterable[str]:
     critics = {f"critics.{name}": critic for name, critic in config.critics.items()}
     for key, critic in {**critics, "evaluation.judge": config.evaluation.judge}.items():
         yield from check(f"{key}.endpoint", critic.endpoint, config.endpoints, "endpoint")
+    yield from check("evaluation.reference", config.evaluation.reference, config.teachers, "teacher")
     for index, arm in enumerate(config.arms):
         yield from check(f"arms.{index}.teacher", arm.teacher, config.teachers, "teacher")
         if arm.critic:

@@ -441,7 +441,6 @@ class DataSpec(Spec):
     train: PromptSource
     eval: PromptSource
     symbols: SymbolsSpec | None = None
-    reference: str | None = None  # column (or teacher) whose completions the evaluation compares with
 
 
 # ---- study -----------------------------------------------------------------------------------------------------
@@ -503,13 +502,22 @@ class QuestionSpec(Spec):
 
 
 class EvaluationSpec(Spec):
-    """How arms are compared: each arm's completions against the reference completions, by the judge."""
+    """How arms are compared: each arm's completions against the reference completions, by the judge.
+
+    Attributes:
+      reference: the name of the teacher whose completions every arm is compared with.
+      agreement: a JSONL file with human labels on which the judge's own agreement is measured; relative to `data.root`.
+    """
 
     judge: CriticSpec
+    reference: str
     sampling: SamplingSpec = SamplingSpec(temperature=0.7, top_p=0.9)
     bootstrap: Positive = 2000
-    agreement: str | None = None  # human labels (JSONL) that the judge's agreement is measured on
+    agreement: str | None = None
     agreement_limit: Positive | None = None
+
+    def unused(self) -> dict[str, tuple[str, str]]:
+        return {} if self.agreement else {"agreement_limit": ("no `agreement` file", "`agreement`")}
 
 
 class StudyConfig(Spec):

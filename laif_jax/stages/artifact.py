@@ -105,7 +105,11 @@ def run_stage(
     try:
         manifest["metrics"] = dict(work(folder))
     except BaseException as error:
-        manifest |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "seconds": before + time.monotonic() - start}
+        manifest |= {
+            "status": "failed",
+            "error": f"{type(error).__name__}: {error}",
+            "seconds": before + time.monotonic() - start,
+        }
         if isinstance(error, Exception):
             manifest["traceback"] = traceback.format_exc()
         _write(manifest_path, manifest)

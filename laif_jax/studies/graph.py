@@ -78,7 +78,9 @@ def _run(node: Node, outcomes: Mapping[Node, Outcome]) -> Outcome:
         return Outcome(None, f"skipped: it needs `{broken[0]}`, which did not finish")
     inputs = {name: outcomes[dependency].artifact for name, dependency in node.inputs.items()}
     try:
-        return Outcome(node.run({name: artifact for name, artifact in inputs.items() if artifact is not None}))
+        return Outcome(
+            node.run({name: artifact for name, artifact in inputs.items() if artifact is not None})
+        )
     except StageError as error:
         logger.error("%s failed: %s", node.name, error)
         return Outcome(None, str(error))

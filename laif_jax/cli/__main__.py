@@ -1,0 +1,7 @@
+"""`python -m laif_jax.cli` is `laif`."""
+
+import sys
+
+from laif_jax.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,167 @@
+"""The command line: parses arguments, calls one function, turns expected errors into one message."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from laif_jax.config import ConfigError
+from laif_jax.records import DataError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `laif ARGUMENTS` and returns its exit status: 0 done, 1 a stage failed, 2 a mistake in what was asked."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.DEBUG if options.verbose else logging.INFO,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    for noisy in ("jax", "absl", "orbax", "httpx", "httpcore", "matplotlib", "asyncio", "filelock"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        return options.call(options)
+    except KeyboardInterrupt:
+        print(
+            "laif: interrupted. What was finished is kept; run the same command again to go on.",
+            file=sys.stderr,
+        )
+        return 130
+    except _expected_errors() as error:
+        if options.verbose:
+            raise
+        print(f"laif: {error}", file=sys.stderr)
+        return 2
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """Errors that carry a message for the user; anything else is a defect and shows its traceback."""
+    errors: list[type[Exception]] = [ConfigError, DataError]
+    # Only what was imported can have been raised, and `laif serve labels` never imports JAX.
+    for module, names in {
+        "laif_jax.models.arch": ("UnsupportedModelError",),
+        "laif_jax.models.safetensors": ("WeightsError",),
+        "laif_jax.models.fetch": ("FetchError",),
+        "laif_jax.stages.artifact": ("StageError",),
+        "laif_jax.parallel.mesh": ("MeshError",),
+        "laif_jax.labeling.errors": ("LabelingError",),
+    }.items():
+        if module in sys.modules:
+            errors += [getattr(sys.modules[module], name) for name in names]
+    return tuple(errors)
+
+
+# ---- verbs -----------------------------------------------------------------------------------------------------
+
+
+def _run(options: argparse.Namespace) -> int:
+    from laif_jax.studies.run import run_study
+
+    return run_study(options.config, options.overrides)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from laif_jax.studies.inspect import inspect_stage
+
+    inspect_stage(options.config, options.overrides, options.stage, options.batches)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from laif_jax.studies.run import rebuild_report
+
+    print(rebuild_report(options.run))
+    return 0
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from laif_jax.models.fetch import fetch
+
+    result = fetch(options.name, options.dest)
+    print("\n".join(result.lines))
+    print(result.path)
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from laif_jax.models.convert import convert
+
+    print(convert(options.source, options.dest, options.dtype))
+    return 0
+
+
+def _serve_labels(options: argparse.Namespace) -> int:
+    from laif_jax.labeling.service import serve_labels
+
+    serve_labels(options.host, options.port, options.store)
+    return 0
+
+
+def _serve_model(options: argparse.Namespace) -> int:
+    from laif_jax.serving import serve_model
+
+    serve_model(options.checkpoint, host=options.host, port=options.port, template=options.template)
+    return 0
+
+
+# ---- parser ----------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "-v", "--verbose", action="store_true", help="debug log, and tracebacks of expected errors"
+    )
+    parser = argparse.ArgumentParser(
+        prog="laif",
+        description="Learning from AI feedback: does it beat supervised fine-tuning on a strong teacher?",
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(
+        name: str, call: Callable[[argparse.Namespace], int], text: str, to=verbs
+    ) -> argparse.ArgumentParser:
+        added = to.add_parser(name, help=text, description=text, parents=[common])
+        added.set_defaults(call=call)
+        return added
+
+    def with_config(added: argparse.ArgumentParser) -> None:
+        added.add_argument("config", help="a study's YAML file")
+        added.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="settings that win over the file's"
+        )
+
+    with_config(verb("run", _run, "run a study to its report; finished stages are not run again"))
+    inspect = verb("inspect", _inspect, "print real training batches, tokens coloured by loss weight")
+    with_config(inspect)
+    inspect.add_argument("--stage", choices=("sft", "dpo"), default="sft")
+    inspect.add_argument("--batches", type=int, default=1, help="how many batches")
+    verb("report", _report, "make a finished study's report again").add_argument(
+        "run", help="the folder runs/NAME"
+    )
+
+    fetch = verb("fetch", _fetch, "get pretrained weights, check their hash, and say what was done")
+    fetch.add_argument("name", help="for example smollm2-135m")
+    fetch.add_argument("--dest", help="the folder to put them in (default: the cache, LAIF_CACHE)")
+
+    convert = verb("convert", _convert, "write any model that can be read as a Hugging Face folder")
+    convert.add_argument("source", help="a folder, a .gguf file, a fetchable name or a Hub id")
+    convert.add_argument("dest", help="the folder to write")
+    convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+
+    serve = verbs.add_parser("serve", help="start a server").add_subparsers(required=True, metavar="WHAT")
+    labels = verb("labels", _serve_labels, "the labelling service (no JAX in it)", serve)
+    labels.add_argument("--host", default="127.0.0.1")
+    labels.add_argument("--port", type=int, default=8080)
+    labels.add_argument("--store", default="labels", help="the folder of its store")
+    model = verb("model", _serve_model, "one of our checkpoints over the OpenAI chat protocol", serve)
+    model.add_argument("checkpoint", help="a folder in Hugging Face layout, a .gguf file or a fetchable name")
+    model.add_argument("--host", default="127.0.0.1")
+    model.add_argument("--port", type=int, default=8000)
+    model.add_argument("--template", choices=("model", "human_assistant"), default="model")
+    return parser
+
+
+# A laptop's CPU is the default device only when nothing better is there; JAX itself decides, quietly.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -1,0 +1,98 @@
+"""Pairs of completions -> a critic's judgements -> preferences."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from etils import epath
+
+from laif_jax.config import CriticSpec
+from laif_jax.labeling.preferences import to_preferences
+from laif_jax.parallel import distributed
+from laif_jax.records import Comparison, Completion, Judgement, Preference, Prompt, read_jsonl, write_jsonl
+from laif_jax.stages import prompts as prompts_stage
+from laif_jax.stages import sample as sample_stage
+from laif_jax.stages import teach as teach_stage
+from laif_jax.stages.artifact import Artifact, StageError, run_stage
+from laif_jax.stages.context import Context
+
+
+def run(
+    ctx: Context, prompts: Artifact, samples: Artifact, teacher: Artifact | None, *, critic: str
+) -> Artifact:
+    """Judges pairs and writes `judgements.jsonl.gz` and `preferences.jsonl.gz`.
+
+    Args:
+      samples: completions of the policy; two per prompt when there is no teacher.
+      teacher: the other side of each pair ("policy_vs_teacher"), or None ("policy_vs_policy").
+    """
+    spec = ctx.config.critics[critic]
+    settings = {"critic": critic_settings(ctx, spec), "pairs": "policy" if teacher is None else "teacher"}
+    inputs = {"prompts": prompts, "samples": samples} | ({"teacher": teacher} if teacher else {})
+
+    def work(folder: epath.Path) -> dict[str, Any]:
+        if not distributed.is_main():
+            return {}
+        by_id = {row.prompt.id: row.prompt for row in prompts_stage.read(prompts, "train")}
+        policy = sample_stage.read(samples)
+        comparisons = list(_pairs(by_id, policy, teach_stage.read(teacher) if teacher else None))
+        judgements = judge(ctx, spec, comparisons)
+        write_jsonl(folder / "judgements.jsonl.gz", judgements)
+        preferences, counts = to_preferences(comparisons, judgements)
+        decided = sum(judgement.p_b is not None for judgement in judgements)
+        check_coverage(ctx, f"critic `{critic}`", decided, judgements)
+        if not preferences:
+            raise StageError(
+                f"critic `{critic}` preferred nothing in {len(comparisons)} comparisons: {counts}"
+            )
+        write_jsonl(folder / "preferences.jsonl.gz", preferences)
+        return {"comparisons": len(comparisons), "preferences": len(preferences), **counts}
+
+    return run_stage("label", settings, inputs, ctx.root, work)
+
+
+def read_preferences(artifact: Artifact) -> list[Preference]:
+    """The preferences, in the order of the prompts."""
+    return [Preference.from_row(row) for row in read_jsonl(artifact.path / "preferences.jsonl.gz")]
+
+
+def judge(ctx: Context, spec: CriticSpec, comparisons: list[Comparison]) -> list[Judgement]:
+    """One judgement per comparison, in their order, through the labelling service."""
+    return ctx.services.client.judge(
+        ctx.services.endpoint(spec.endpoint), spec.critic, comparisons, order=spec.order, seed=ctx.config.seed
+    )
+
+
+def critic_settings(ctx: Context, spec: CriticSpec) -> dict[str, Any]:
+    """What a critic's verdicts depend on."""
+    return spec.resolved() | {"endpoint": teach_stage.endpoint_settings(ctx, spec.endpoint)}
+
+
+def check_coverage(ctx: Context, who: str, decided: int, judgements: list[Judgement]) -> None:
+    """Raises StageError, with the states counted, if fewer comparisons than asked for were decided."""
+    if decided < ctx.config.labeling.min_coverage * len(judgements):
+        states: dict[str, int] = {}
+        for judgement in judgements:
+            states[judgement.status] = states.get(judgement.status, 0) + 1
+        reason = next((j.reason for j in judgements if j.reason), "")
+        raise StageError(
+            f"{who} decided {decided} of {len(judgements)} comparisons, fewer than `labeling.min_coverage` "
+            f"{ctx.config.labeling.min_coverage:.0%} asks for. States: {states}. "
+            f"First reason: {reason or 'none given'}. Verdicts that came are kept in the labelling store; run again to ask for the rest only."
+        )
+
+
+def _pairs(
+    prompts: Mapping[str, Prompt], policy: list[Completion], teacher: list[Completion] | None
+) -> Iterable[Comparison]:
+    """One comparison per prompt that has both sides; empty texts cannot be compared and are left out."""
+    sides: dict[str, list[Completion]] = {}
+    for completion in policy:
+        sides.setdefault(completion.prompt_id, []).append(completion)
+    other = {completion.prompt_id: completion for completion in teacher or ()}
+    for prompt_id, samples in sides.items():
+        if teacher is not None:
+            pair = [samples[0], other[prompt_id]] if prompt_id in other else []
+        else:
+            pair = samples[:2]
+        if len(pair) == 2 and all(side.text.strip() for side in pair):
+            yield Comparison(prompt=prompts[prompt_id], a=pair[0], b=pair[1])

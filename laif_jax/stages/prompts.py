@@ -1,0 +1,69 @@
+"""The prompts of a study: read, checked, shuffled, and written once per replicate."""
+
+from typing import Any
+
+from etils import epath
+
+from laif_jax.config import PromptSource
+from laif_jax.data.sources import SourceRow, load_prompts
+from laif_jax.parallel import distributed
+from laif_jax.records import DataError, Prompt, file_sha256, read_jsonl, write_jsonl
+from laif_jax.stages.artifact import Artifact, run_stage
+from laif_jax.stages.context import Context
+
+FILES = {"train": "train.jsonl.gz", "eval": "eval.jsonl.gz"}
+
+
+def run(ctx: Context) -> Artifact:
+    """Writes the training prompts (shuffled by the seed) and the evaluation prompts (in their own order).
+
+    A prompt that occurs in both is dropped from training, and counted: nothing is evaluated on what it was trained on.
+    """
+    data = ctx.config.data
+    settings: dict[str, Any] = {
+        "train": _source_settings(data.train, data.root),
+        "eval": _source_settings(data.eval, data.root),
+        "symbols": data.symbols.resolved() if data.symbols else None,
+        "seed": ctx.seed,
+    }
+
+    def work(folder: epath.Path) -> dict[str, Any]:
+        train = load_prompts(data.train, data.root, ctx.seed, data.symbols)
+        evaluation = load_prompts(data.eval, data.root, ctx.seed, data.symbols)
+        held_out = {row.prompt.id for row in evaluation}
+        kept = [row for row in train if row.prompt.id not in held_out]
+        if not kept or not evaluation:
+            raise DataError("no prompts are left: check `data.train`, `data.eval` and their limits")
+        if distributed.is_main():
+            for name, rows in (("train", kept), ("eval", evaluation)):
+                write_jsonl(folder / FILES[name], (_to_row(row) for row in rows))
+        return {
+            "train": len(kept),
+            "eval": len(evaluation),
+            "dropped_because_in_eval": len(train) - len(kept),
+        }
+
+    return run_stage("prompts", settings, {}, ctx.root, work)
+
+
+def read(artifact: Artifact, split: str) -> list[SourceRow]:
+    """The rows of "train" or "eval", in order."""
+    return [
+        SourceRow(Prompt.from_row(row["prompt"]), row["completions"])
+        for row in read_jsonl(artifact.path / FILES[split])
+    ]
+
+
+def _to_row(row: SourceRow) -> dict[str, Any]:
+    return {"prompt": row.prompt.to_row(), "completions": dict(row.completions)}
+
+
+def _source_settings(source: PromptSource, root: str | None) -> dict[str, Any]:
+    """The source with the hash of its file's content in place of its path: moving the data changes no key."""
+    settings = source.resolved()
+    if source.path is None:
+        return settings
+    path = epath.Path(root) / source.path if root else epath.Path(source.path)
+    if path.is_file():
+        settings["path"] = file_sha256(path)
+    return settings

@@ -1,0 +1,95 @@
+"""Completions sampled from one of our models."""
+
+from typing import Any
+
+import jax
+from etils import epath
+
+from laif_jax.config import SamplingSpec
+from laif_jax.data.chat import encode_prompt
+from laif_jax.models.model import load_model
+from laif_jax.parallel import distributed
+from laif_jax.records import Completion, Usage, read_jsonl, write_jsonl
+from laif_jax.rollout.generate import generate
+from laif_jax.stages import prompts as prompts_stage
+from laif_jax.stages.artifact import Artifact, run_stage
+from laif_jax.stages.base import compute_dtype, model_folder, model_settings
+from laif_jax.stages.context import Context
+
+FILE = "completions.jsonl.gz"
+
+
+def run(
+    ctx: Context,
+    prompts: Artifact,
+    model: Artifact,
+    *,
+    generator: str,
+    split: str,
+    spec: SamplingSpec,
+    max_prompt_length: int,
+    start: int = 0,
+    stop: int | None = None,
+) -> Artifact:
+    """Samples `spec.samples` completions for each of the rows `start:stop` of a split. None is dropped; a completion
+    that reached `max_new_tokens` says so in `finish_reason`."""
+    settings = {
+        "model": model_settings(ctx),
+        "split": split,
+        "start": start,
+        "stop": stop,
+        "sampling": {key: value for key, value in spec.resolved().items() if key != "batch_size"},
+        "max_prompt_length": max_prompt_length,
+        "generator": generator,
+        "seed": ctx.seed,
+    }
+
+    def work(folder: epath.Path) -> dict[str, Any]:
+        rows = prompts_stage.read(prompts, split)[start:stop]
+        loaded = load_model(str(model_folder(model)), mesh=ctx.mesh)
+        template = ctx.config.model.template
+        encoded = [
+            encode_prompt(
+                loaded.tokenizer, row.prompt.messages, template, max_prompt_length=max_prompt_length
+            )
+            for row in rows
+        ]
+        samples = generate(
+            loaded.params,
+            loaded.cfg,
+            encoded,
+            spec,
+            jax.random.key(ctx.seed),
+            dtype=compute_dtype(ctx),
+            pad_id=loaded.cfg.pad_id,
+            eos_ids=loaded.cfg.eos_ids,
+        )
+        completions = [
+            Completion(
+                prompt_id=rows[sample.prompt_index].prompt.id,
+                generator=generator,
+                text=loaded.tokenizer.decode(sample.tokens, skip_special_tokens=True).strip(),
+                finish_reason=sample.finish_reason,
+                sample_index=sample.sample_index,
+                usage=Usage(
+                    prompt_tokens=len(encoded[sample.prompt_index]), completion_tokens=len(sample.tokens)
+                ),
+            )
+            for sample in samples
+        ]
+        if distributed.is_main():
+            write_jsonl(folder / FILE, completions)
+        lengths = [len(sample.tokens) for sample in samples]
+        return {
+            "completions": len(completions),
+            "response_length/mean": sum(lengths) / len(lengths),
+            "response_length/max": max(lengths),
+            "response_length/clip_ratio": sum(s.finish_reason == "length" for s in samples) / len(samples),
+        }
+
+    return run_stage("sample", settings, {"prompts": prompts, "model": model}, ctx.root, work)
+
+
+def read(artifact: Artifact) -> list[Completion]:
+    """The completions; those of one prompt stand together, by sample index."""
+    return [Completion.from_row(row) for row in read_jsonl(artifact.path / FILE)]

@@ -1,0 +1,102 @@
+"""Teacher completions: asked from a model through the labelling service, or taken from the data."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from laif_jax.config import TeacherSpec
+from laif_jax.data.sources import SourceRow
+from laif_jax.parallel import distributed
+from laif_jax.records import Completion, DataError, read_jsonl, write_jsonl
+from laif_jax.stages import prompts as prompts_stage
+from laif_jax.stages.artifact import Artifact, StageError, run_stage
+from laif_jax.stages.context import Context
+
+FILE = "completions.jsonl.gz"
+
+
+def run(
+    ctx: Context, prompts: Artifact, *, teacher: str, split: str, start: int = 0, stop: int | None = None
+) -> Artifact:
+    """Completions of one teacher for the rows `start:stop` of a split, in their order.
+
+    An answer that failed, was refused or is empty is left out and counted; too few answers end the stage.
+    """
+    spec = ctx.config.teachers[teacher]
+    settings = {
+        "teacher": teacher_settings(ctx, spec),
+        "split": split,
+        "start": start,
+        "stop": stop,
+    }
+
+    def work(folder: epath.Path) -> dict[str, Any]:
+        rows = prompts_stage.read(prompts, split)[start:stop]
+        if not distributed.is_main():
+            return {}
+        completions, counts = (
+            _from_data(rows, spec) if spec.completions else _from_service(ctx, rows, teacher)
+        )
+        coverage = len(completions) / len(rows)
+        if coverage < ctx.config.labeling.min_coverage:
+            raise StageError(
+                f"teacher `{teacher}` answered {len(completions)} of {len(rows)} prompts ({coverage:.1%}), fewer than "
+                f"`labeling.min_coverage` {ctx.config.labeling.min_coverage:.0%} asks for: {counts}. The answers that "
+                "came are kept in the labelling store; run again to ask for the rest only."
+            )
+        write_jsonl(folder / FILE, completions)
+        return {"completions": len(completions), "asked": len(rows), **counts}
+
+    return run_stage("teach", settings, {"prompts": prompts}, ctx.root, work)
+
+
+def read(artifact: Artifact) -> list[Completion]:
+    """The completions, in the order of the prompts."""
+    return [Completion.from_row(row) for row in read_jsonl(artifact.path / FILE)]
+
+
+def teacher_settings(ctx: Context, spec: TeacherSpec) -> dict[str, Any]:
+    """What a teacher's answers depend on: not how many calls are in flight, nor where a local server listens."""
+    settings = spec.resolved()
+    if spec.endpoint:
+        settings["endpoint"] = endpoint_settings(ctx, spec.endpoint)
+    return settings
+
+
+def endpoint_settings(ctx: Context, name: str) -> dict[str, Any]:
+    """The settings of an endpoint that its answers depend on."""
+    operational = {"concurrency", "timeout", "max_attempts", "api_key_env"}
+    resolved = ctx.config.endpoints[name].resolved()
+    return {key: value for key, value in resolved.items() if key not in operational}
+
+
+def _from_data(rows: Sequence[SourceRow], spec: TeacherSpec) -> tuple[list[Completion], dict[str, int]]:
+    column = spec.completions or ""
+    known = sorted({name for row in rows for name in row.completions})
+    if column not in known:
+        raise DataError(
+            f"the data holds no completions of `{column}`; it holds: {', '.join(known) or 'none'}"
+        )
+    found = [
+        Completion(prompt_id=row.prompt.id, generator=column, text=row.completions[column])
+        for row in rows
+        if row.completions.get(column, "").strip()
+    ]
+    return found, {"missing": len(rows) - len(found)}
+
+
+def _from_service(
+    ctx: Context, rows: Sequence[SourceRow], teacher: str
+) -> tuple[list[Completion], dict[str, int]]:
+    spec = ctx.config.teachers[teacher]
+    answers = ctx.services.client.complete(
+        ctx.services.endpoint(spec.endpoint or ""),
+        [row.prompt for row in rows],
+        system=spec.system,
+        temperature=spec.temperature,
+        max_tokens=spec.max_tokens,
+        generator=teacher,
+    )
+    found = [answer for answer in answers if isinstance(answer, Completion) and answer.text.strip()]
+    return found, {"missing": len(rows) - len(found)}
