@@ -25,11 +25,13 @@ def run(ctx: Context) -> Artifact:
         "eval": _source_settings(data.eval, data.root),
         "symbols": data.symbols.resolved() if data.symbols else None,
         "seed": ctx.seed,
+        "eval_seed": ctx.config.seed,
     }
 
     def work(folder: epath.Path) -> dict[str, Any]:
         train = load_prompts(data.train, data.root, ctx.seed, data.symbols)
-        evaluation = load_prompts(data.eval, data.root, ctx.seed, data.symbols)
+        # Every replicate is evaluated on the same prompts, so that arms can be paired over seeds.
+        evaluation = load_prompts(data.eval, data.root, ctx.config.seed, data.symbols)
         held_out = {row.prompt.id for row in evaluation}
         kept = [row for row in train if row.prompt.id not in held_out]
         if not kept or not evaluation:
