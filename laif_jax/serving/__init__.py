@@ -1,0 +1,6 @@
+"""An OpenAI-compatible chat server over a checkpoint."""
+
+from laif_jax.serving.app import create_app
+from laif_jax.serving.server import serve_model
+
+__all__ = ["create_app", "serve_model"]
