@@ -1,0 +1,217 @@
+"""Causal attention within segments: one entry point, several equal implementations.
+
+Who sees whom: query t sees key s iff s <= t, both are of the same nonzero segment and, with a sliding window w,
+t - s < w. Positions within a segment are contiguous, so array indices serve as distances. Grouped queries (GQA) are
+contracted with their shared key/value head directly; repeated keys are never made.
+What padding queries get is finite and otherwise unspecified.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Window = int | Array | None  # int32 scalar: how many last tokens are seen; 0 or None: all
+
+BLOCKWISE_ABOVE = 1024  # longer rows are done in blocks: no [T, T] array
+BLOCK = 512
+_HIDDEN = -1e30  # finite, so that a query that sees nothing gives no NaN
+
+
+class Visibility(NamedTuple):
+    """What the layers of one forward pass share: segments int32 [R, T] and, for short rows, the mask bool [R, T, T]."""
+
+    segment_ids: Array
+    mask: Array | None
+
+
+def visibility(segment_ids: Array, window: int = 0) -> Visibility:
+    """Built once per forward pass, outside the loop over layers. `window`: the one that all layers share, or 0."""
+    length = segment_ids.shape[1]
+    if length > BLOCKWISE_ABOVE and not _cudnn_possible():
+        return Visibility(segment_ids, None)
+    mask = _visible(segment_ids, segment_ids, jnp.arange(length), jnp.arange(length), window)
+    return Visibility(segment_ids, mask)
+
+
+def _visible(q_segments: Array, k_segments: Array, q_index: Array, k_index: Array, window: Window) -> Array:
+    """bool [R, Tq, Tk] from segments [R, T*] and row indices [T*]."""
+    distance = q_index[:, None] - k_index[None, :]
+    causal = _in_window(distance, window)
+    same = (q_segments[:, :, None] == k_segments[:, None, :]) & (k_segments[:, None, :] != 0)
+    return same & causal[None]
+
+
+def _in_window(distance: Array, window: Window) -> Array:
+    seen = distance >= 0
+    if window is None or (isinstance(window, int) and window == 0):
+        return seen
+    if isinstance(window, int):
+        return seen & (distance < window)
+    return seen & ((distance < window) | (window == 0))
+
+
+def attention(
+    q: Array, k: Array, v: Array, vis: Visibility, *, window: Window, softcap: float | None, scale: float
+) -> Array:
+    """Attention of a row with itself.
+
+    Args:
+      q: [R, T, N, H]. k, v: [R, T, K, H] with N a multiple of K.
+      vis: from `visibility`.
+      window: an int is the window that all layers share, which `vis.mask` has already; an array is this layer's own.
+      softcap: c in c tanh(score / c), or None. scale: factor of the scores.
+
+    Returns:
+      [R, T, N, H] in q's dtype; the softmax is computed in float32.
+    """
+    if vis.mask is None:
+        return blockwise_attention(q, k, v, vis.segment_ids, window=window, softcap=softcap, scale=scale)
+    mask = vis.mask
+    if window is not None and not isinstance(window, int):
+        index = jnp.arange(q.shape[1])
+        mask = mask & _in_window(index[:, None] - index[None, :], window)[None]
+    if softcap is None and _cudnn_possible() and _cudnn_fits(q):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation="cudnn")
+    return naive_attention(q, k, v, mask, softcap=softcap, scale=scale)
+
+
+# ---- naive: all scores at once -----------------------------------------------------------------------------------
+
+
+def _scores(q: Array, k: Array, softcap: float | None, scale: float) -> Array:
+    """float32 [R, K, G, Tq, Tk] from q [R, Tq, K, G, H] and k [R, Tk, K, H]."""
+    scores = jnp.einsum("rtkgh,rskh->rkgts", q, k, preferred_element_type=jnp.float32) * scale
+    return scores if softcap is None else jnp.tanh(scores / softcap) * softcap
+
+
+def naive_attention(q: Array, k: Array, v: Array, mask: Array, *, softcap: float | None, scale: float) -> Array:
+    """The reference, and the fastest for short rows. mask: bool [R, Tq, Tk]."""
+    rows, length, heads, head_dim = q.shape
+    grouped = q.reshape(rows, length, k.shape[2], heads // k.shape[2], head_dim)
+    scores = jnp.where(mask[:, None, None], _scores(grouped, k, softcap, scale), _HIDDEN)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("rkgts,rskh->rtkgh", weights, v).reshape(q.shape)
+
+
+# ---- blockwise: long rows in plain JAX ---------------------------------------------------------------------------
+
+
+def blockwise_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    segment_ids: Array,
+    *,
+    window: Window,
+    softcap: float | None,
+    scale: float,
+    block: int = BLOCK,
+) -> Array:
+    """Attention with an online softmax over blocks of keys (Dao et al. 2022, algorithm 1): memory O(T block).
+
+    Blocks of keys that no query of a block can see (future, or left of the window) are skipped. The backward pass
+    recomputes each block of queries.
+    """
+    rows, length, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    count = -(-length // block)
+    padding = count * block - length
+
+    def split(x: Array) -> Array:
+        """[R, T, ...] -> [blocks, R, block, ...]"""
+        padded = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(rows, count, block, *x.shape[2:]), 1, 0)
+
+    keys, values, segments = split(k), split(v), split(segment_ids)
+    queries = split(q.reshape(rows, length, kv_heads, heads // kv_heads, head_dim))
+    offsets = jnp.arange(block)
+
+    def one_query_block(i: Array, q_block: Array, q_segments: Array) -> Array:
+        """[R, block, K, G, H]"""
+
+        def step(carry: tuple[Array, Array, Array], j: Array) -> tuple[tuple[Array, Array, Array], None]:
+            def seen(carry):
+                return _online_softmax_step(
+                    carry,
+                    _scores(q_block, keys[j], softcap, scale),
+                    _visible(q_segments, segments[j], i * block + offsets, j * block + offsets, window),
+                    values[j],
+                )
+
+            nearest = i * block - (j * block + block - 1)  # distance of the closest pair of tokens in two blocks
+            needed = j <= i
+            if window is not None:
+                needed &= (nearest < window) | (jnp.asarray(window) == 0)
+            return jax.lax.cond(needed, seen, lambda carry: carry, carry), None
+
+        shape = (rows, kv_heads, heads // kv_heads, block)
+        start = (
+            jnp.full(shape, _HIDDEN, jnp.float32),
+            jnp.zeros(shape, jnp.float32),
+            jnp.zeros((*shape, head_dim), jnp.float32),
+        )
+        (_, total, weighted), _ = jax.lax.scan(jax.checkpoint(step), start, jnp.arange(count))
+        out = weighted / jnp.maximum(total, 1e-30)[..., None]
+        return jnp.einsum("rkgth->rtkgh", out).astype(q.dtype)
+
+    run = jax.checkpoint(one_query_block)
+    blocks = jax.lax.map(lambda x: run(*x), (jnp.arange(count), queries, segments))
+    return jnp.moveaxis(blocks, 0, 1).reshape(rows, count * block, heads, head_dim)[:, :length]
+
+
+def _online_softmax_step(
+    carry: tuple[Array, Array, Array], scores: Array, mask: Array, values: Array
+) -> tuple[Array, Array, Array]:
+    """Adds one block of keys. carry: running maximum and sum [R, K, G, Tq], weighted values [R, K, G, Tq, H]."""
+    top, total, weighted = carry
+    scores = jnp.where(mask[:, None, None], scores, _HIDDEN)
+    new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+    shrink = jnp.exp(top - new_top)
+    weights = jnp.where(mask[:, None, None], jnp.exp(scores - new_top[..., None]), 0.0)
+    added = jnp.einsum(
+        "rkgts,rskh->rkgth", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+    )
+    return new_top, total * shrink + weights.sum(axis=-1), weighted * shrink[..., None] + added
+
+
+# ---- decoding: one query per row against the cache ---------------------------------------------------------------
+
+
+def decode_attention(
+    q: Array, keys: Array, values: Array, index: Array, *, window: int, softcap: float | None, scale: float
+) -> Array:
+    """One new token per row.
+
+    Args:
+      q: [B, 1, N, H]. keys, values: the cache [B, K, S, H], whose slot s holds position s. index: int32 [B], the
+        position of the new token, already written to the cache.
+
+    Returns:
+      [B, 1, N, H].
+    """
+    batch, _, heads, head_dim = q.shape
+    kv_heads = keys.shape[1]
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
+    scores = jnp.einsum("bkgh,bksh->bkgs", grouped, keys, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = jnp.tanh(scores / softcap) * softcap
+    mask = _in_window(index[:, None] - jnp.arange(keys.shape[2])[None, :], window)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _HIDDEN), axis=-1).astype(values.dtype)
+    return jnp.einsum("bkgs,bksh->bkgh", weights, values).reshape(q.shape)
+
+
+# ---- cuDNN -------------------------------------------------------------------------------------------------------
+
+
+def _cudnn_possible() -> bool:
+    """Whether the default device is an NVIDIA GPU with tensor cores that cuDNN's fused attention supports."""
+    if jax.default_backend() != "gpu":
+        return False
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    return capability is not None and float(capability) >= 8.0
+
+
+def _cudnn_fits(q: Array) -> bool:
+    return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
