@@ -1,6 +1,7 @@
 """Pairs of completions -> a critic's judgements -> preferences."""
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -14,6 +15,7 @@ from laif_jax.stages import sample as sample_stage
 from laif_jax.stages import teach as teach_stage
 from laif_jax.stages.artifact import Artifact, StageError, run_stage
 from laif_jax.stages.context import Context
+from laif_jax.stages.usage import usage_of
 
 
 def run(
@@ -45,7 +47,13 @@ def run(
                 f"critic `{critic}` preferred nothing in {len(comparisons)} comparisons: {counts}"
             )
         write_jsonl(folder / "preferences.jsonl.gz", preferences)
-        return {"comparisons": len(comparisons), "preferences": len(preferences), **counts}
+        return {
+            "comparisons": len(comparisons),
+            "preferences": len(preferences),
+            "usage": usage_of(judgements),
+            **label_summary(judgements),
+            **counts,
+        }
 
     return run_stage("label", settings, inputs, ctx.root, work)
 
@@ -70,15 +78,21 @@ def critic_settings(ctx: Context, spec: CriticSpec) -> dict[str, Any]:
 def check_coverage(ctx: Context, who: str, decided: int, judgements: list[Judgement]) -> None:
     """Raises StageError, with the states counted, if fewer comparisons than asked for were decided."""
     if decided < ctx.config.labeling.min_coverage * len(judgements):
-        states: dict[str, int] = {}
-        for judgement in judgements:
-            states[judgement.status] = states.get(judgement.status, 0) + 1
+        states = dict(Counter(str(judgement.status) for judgement in judgements))
         reason = next((j.reason for j in judgements if j.reason), "")
         raise StageError(
             f"{who} decided {decided} of {len(judgements)} comparisons, fewer than `labeling.min_coverage` "
             f"{ctx.config.labeling.min_coverage:.0%} asks for. States: {states}. "
-            f"First reason: {reason or 'none given'}. Verdicts that came are kept in the labelling store; run again to ask for the rest only."
+            f"First reason: {reason or 'none given'}. Verdicts that came are kept in the labelling store; "
+            "run again to ask for the rest only."
         )
+
+
+def label_summary(judgements: Sequence[Judgement]) -> dict[str, Any]:
+    """States counted, and how decided the critic was: mean |p - 1/2| over the judgements with a probability."""
+    states = Counter(str(judgement.status) for judgement in judgements)
+    decided = [abs(judgement.p_b - 0.5) for judgement in judgements if judgement.p_b is not None]
+    return {"states": dict(states), "mean_decidedness": sum(decided) / len(decided) if decided else None}
 
 
 def _pairs(

@@ -12,6 +12,7 @@ from laif_jax.records import Completion, DataError, read_jsonl, write_jsonl
 from laif_jax.stages import prompts as prompts_stage
 from laif_jax.stages.artifact import Artifact, StageError, run_stage
 from laif_jax.stages.context import Context
+from laif_jax.stages.usage import usage_of
 
 FILE = "completions.jsonl.gz"
 
@@ -46,7 +47,8 @@ def run(
                 "came are kept in the labelling store; run again to ask for the rest only."
             )
         write_jsonl(folder / FILE, completions)
-        return {"completions": len(completions), "asked": len(rows), **counts}
+        usage = usage_of(completions)
+        return {"completions": len(completions), "asked": len(rows), "usage": usage, **counts}
 
     return run_stage("teach", settings, {"prompts": prompts}, ctx.root, work)
 

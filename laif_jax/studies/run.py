@@ -1,0 +1,98 @@
+"""`laif run`: a whole study, from its YAML file to its report."""
+
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from laif_jax.config import StudyConfig, dump_config, load_config
+from laif_jax.parallel import distributed
+from laif_jax.records import write_json
+from laif_jax.stages.artifact import StageError
+from laif_jax.stages.context import Context, Services
+from laif_jax.studies.graph import Node, Outcome, execute
+from laif_jax.studies.laif import Replicate, build
+from laif_jax.studies.report import print_results, write_report
+from laif_jax.studies.results import Collected, collect
+from laif_jax.training.step import enable_compilation_cache
+
+logger = logging.getLogger(__name__)
+
+
+def run_study(config_path: str, overrides: Sequence[str] = ()) -> int:
+    """Runs a study; finished stages are not run again, so that the same command goes on after any interruption.
+
+    Writes, under `runs/NAME/`: `config.yaml` (resolved), a folder per stage, `results.json` and `report/index.html`.
+
+    Returns:
+      0, or 1 if a stage failed (the report then shows what finished, and why the rest did not).
+
+    Raises:
+      ConfigError, DataError: a mistake that is found before any stage runs.
+    """
+    config = load_config(config_path, overrides)
+    distributed.initialize()
+    enable_compilation_cache()
+    root = study_folder(config)
+    if distributed.is_main():
+        root.mkdir(parents=True, exist_ok=True)
+        (root / "config.yaml").write_text(dump_config(config))
+
+    with Services(config, root) as services:
+        replicates = [
+            build(Context(config=config, root=root, seed=config.seed + index, services=services))
+            for index in range(config.seeds)
+        ]
+        outcomes = execute(_targets(replicates), on_progress=_log_progress)
+    failed = any(outcome.artifact is None for outcome in outcomes.values())
+    if distributed.is_main():
+        collected = collect(config, config_path, replicates, outcomes)
+        write_json(root / "report" / "data.json", {"curves": collected.curves, "samples": collected.samples})
+        write_json(root / "results.json", collected.results)
+        page = _write_page(root, collected)
+        print_results(collected.results)
+        logger.info("results: %s", root / "results.json")
+        logger.info("report:  %s", page)
+    return 1 if failed else 0
+
+
+def rebuild_report(folder: str) -> epath.Path:
+    """Makes the report of a finished study again, from `results.json` and `report/data.json`.
+
+    Raises:
+      StageError: the folder holds no finished study.
+    """
+    root = epath.Path(folder)
+    files = (root / "results.json", root / "report" / "data.json")
+    for file in files:
+        if not file.exists():
+            raise StageError(f"{file}: no such file. `laif run CONFIG` writes it at the end of a study.")
+    results, data = (json.loads(file.read_text()) for file in files)
+    return _write_page(root, Collected(results, data["curves"], data["samples"]))
+
+
+def study_folder(config: StudyConfig) -> epath.Path:
+    """`<out>/<name>`, with the scale in the name unless it is the default one: scales never share results."""
+    suffix = "" if config.scale == "default" else f"-{config.scale}"
+    return epath.Path(config.out) / f"{config.name}{suffix}"
+
+
+def _targets(replicates: Sequence[Replicate]) -> list[Node]:
+    # The judge's agreement first: it is cheap, and a judge that cannot be reached is found before anything is trained.
+    checks = [replicate.agreement for replicate in replicates[:1] if replicate.agreement]
+    return checks + [node for replicate in replicates for node in replicate.arms.values()]
+
+
+def _write_page(root: epath.Path, collected: Collected) -> epath.Path:
+    return write_report(
+        root / "report" / "index.html", collected.results, collected.curves, collected.samples
+    )
+
+
+def _log_progress(index: int, count: int, node: Node, outcome: Outcome | None) -> Any:
+    if outcome is None:
+        logger.info("[%d/%d] %s (seed %d)", index + 1, count, node.name, node.seed)
+    elif outcome.artifact is None:
+        logger.error("[%d/%d] %s (seed %d): %s", index + 1, count, node.name, node.seed, outcome.error)
