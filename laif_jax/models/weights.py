@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import jax
@@ -174,7 +174,7 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
 
 
 @contextlib.contextmanager
-def _space(folder: epath.Path) -> Iterator[None]:
+def _space(folder: epath.Path) -> Generator[None]:
     """Turns a failed write into a message that says where and what to do; removes the unfinished files."""
     try:
         yield

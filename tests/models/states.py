@@ -1,9 +1,12 @@
 """Small Hugging Face state dicts of every family, written out by hand: names and shapes as `transformers` has them."""
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 
 from laif_jax.models.arch import Family, ModelConfig
+from laif_jax.models.config import ARCHITECTURES, from_hf
 
 FAMILIES: tuple[Family, ...] = (
     "llama",
@@ -18,36 +21,39 @@ D, F, V, N, K, H = 12, 20, 22, 4, 2, 6
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
-def tiny_config(family: Family, layers: int = 2, **changes) -> ModelConfig:
-    """The family's structure at the smallest size where no two axes agree."""
-    options = {
-        "llama": {},
-        "mistral": {},
-        "qwen2": {"qkv_bias": True},
-        "qwen3": {"qk_norm": True},
-        "gemma2": {"post_norms": True, "unit_offset": True, "tie_embeddings": True},
-        "gemma3_text": {"post_norms": True, "unit_offset": True, "qk_norm": True, "tie_embeddings": True},
-        "gpt_neox": {
-            "norm": "layer",
-            "gated_mlp": False,
-            "parallel_residual": True,
-            "qkv_bias": True,
-            "o_bias": True,
-            "mlp_bias": True,
-            "num_kv_heads": N,
-        },
-    }[family]
-    sizes = {
+_FIELDS = {
+    "qwen3": {"head_dim": H},
+    "llama": {"head_dim": H},
+    "mistral": {"head_dim": H, "sliding_window": 8},
+    # Heads of size hidden_size / num_attention_heads.
+    "qwen2": {"num_attention_heads": 2, "num_key_value_heads": 1},
+    "gemma2": {"head_dim": H, "sliding_window": 8, "query_pre_attn_scalar": 6},
+    "gemma3_text": {"head_dim": H, "sliding_window": 8, "query_pre_attn_scalar": 6},
+    "gpt_neox": {"num_attention_heads": 2, "rotary_pct": 0.35, "hidden_act": "gelu"},
+}
+
+
+def hf_config(family: Family, layers: int = 2, **changes) -> dict[str, Any]:
+    """A config.json of the family at the smallest size where (almost) no two axes agree."""
+    fields = {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
         "vocab_size": V,
         "hidden_size": D,
         "intermediate_size": F,
-        "num_layers": layers,
-        "num_heads": N,
-        "num_kv_heads": K,
-        "head_dim": H,
-        "max_position": 64,
+        "num_hidden_layers": layers,
+        "num_attention_heads": N,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": family.startswith("gemma"),
+        "eos_token_id": 2,
+        **({} if family == "gpt_neox" else {"num_key_value_heads": K}),
     }
-    return ModelConfig(family=family, **{**sizes, **options, **changes})
+    return {**fields, **_FIELDS[family], **changes}
+
+
+def tiny_config(family: Family, layers: int = 2, **changes) -> ModelConfig:
+    """The same as a `ModelConfig`; `changes` are fields of config.json."""
+    return from_hf(hf_config(family, layers, **changes))
 
 
 def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -61,11 +67,12 @@ def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
         if cfg.family in ("gemma2", "gemma3_text"):
             norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
         out |= {f"{block}{norm}.weight": (D,) for norm in norms}
-        for name, heads in (("q", N), ("k", K), ("v", K)):
+        kv = cfg.num_kv_heads
+        for name, heads in (("q", cfg.num_heads), ("k", kv), ("v", kv)):
             out[f"{block}self_attn.{name}_proj.weight"] = (heads * H, D)
             if cfg.family == "qwen2":
                 out[f"{block}self_attn.{name}_proj.bias"] = (heads * H,)
-        out[f"{block}self_attn.o_proj.weight"] = (D, N * H)
+        out[f"{block}self_attn.o_proj.weight"] = (D, cfg.num_heads * H)
         if cfg.family in ("qwen3", "gemma3_text"):
             out |= {f"{block}self_attn.{name}_norm.weight": (H,) for name in "qk"}
         out |= {f"{block}mlp.{name}_proj.weight": (F, D) for name in ("gate", "up")}
@@ -83,8 +90,8 @@ def _neox_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
         for name, shape in {
             "input_layernorm": (D,),
             "post_attention_layernorm": (D,),
-            "attention.query_key_value": (3 * N * H, D),
-            "attention.dense": (D, N * H),
+            "attention.query_key_value": (3 * D, D),
+            "attention.dense": (D, D),
             "mlp.dense_h_to_4h": (F, D),
             "mlp.dense_4h_to_h": (D, F),
         }.items():

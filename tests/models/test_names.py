@@ -9,7 +9,7 @@ from laif_jax.models import names
 from laif_jax.models.names import WeightsError
 from laif_jax.models.specs import param_specs
 from tests.models import states
-from tests.models.states import D, H, K, N
+from tests.models.states import D, H
 
 
 @pytest.mark.parametrize("dtype", states.DTYPES)
@@ -37,11 +37,12 @@ def test_leaves_compute_what_the_tensors_compute(family):
     layer1 = "model.layers.1."
     params = names.from_hf_state(cfg, state)["layers"]
     x = np.random.default_rng(1).normal(size=D).astype(np.float32)
-    for name, heads in (("q", N), ("k", K), ("v", K)):
+    kv, heads_q = cfg.num_kv_heads, cfg.num_heads
+    for name, heads in (("q", heads_q), ("k", kv), ("v", kv)):
         want = (state[f"{layer1}self_attn.{name}_proj.weight"] @ x).reshape(heads, H)
         got = np.einsum("d,dnh->nh", x, params["attn"][name]["kernel"][1])
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-    per_head = np.random.default_rng(2).normal(size=(N, H)).astype(np.float32)
+    per_head = np.random.default_rng(2).normal(size=(heads_q, H)).astype(np.float32)
     want = state[f"{layer1}self_attn.o_proj.weight"] @ per_head.reshape(-1)
     got = np.einsum("nh,nhd->d", per_head, params["attn"]["o"]["kernel"][1])
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
@@ -58,7 +59,7 @@ def test_neox_fused_projection_is_split_per_head():
     params = names.from_hf_state(cfg, state)["layers"]["attn"]
     x = np.random.default_rng(1).normal(size=D).astype(np.float32)
     fused = "gpt_neox.layers.1.attention.query_key_value."
-    qkv = (state[f"{fused}weight"] @ x + state[f"{fused}bias"]).reshape(N, 3 * H)
+    qkv = (state[f"{fused}weight"] @ x + state[f"{fused}bias"]).reshape(cfg.num_heads, 3 * H)
     for name, want in zip("qkv", np.split(qkv, 3, axis=-1)):
         got = np.einsum("d,dnh->nh", x, params[name]["kernel"][1]) + params[name]["bias"][1]
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
@@ -104,7 +105,7 @@ def test_bare_decoder_and_buffers_are_accepted(family):
 
 
 def test_second_copy_of_tied_embeddings_is_ignored():
-    cfg = states.tiny_config("llama", tie_embeddings=True)
+    cfg = states.tiny_config("llama", tie_word_embeddings=True)
     state = states.random_state(cfg)
     names.from_hf_state(cfg, {**state, "lm_head.weight": state["model.embed_tokens.weight"]})
 
@@ -113,7 +114,7 @@ def test_missing_extra_and_misshapen_tensors_are_named():
     cfg = states.tiny_config("llama")
     state = states.random_state(cfg)
     del state["model.layers.1.mlp.up_proj.weight"]
-    state["model.layers.0.self_attn.q_proj.bias"] = np.zeros(N * H, np.float32)
+    state["model.layers.0.self_attn.q_proj.bias"] = np.zeros(cfg.num_heads * H, np.float32)
     state["model.norm.weight"] = np.zeros(D + 1, np.float32)
     with pytest.raises(WeightsError) as caught:
         names.from_hf_state(cfg, state)
