@@ -15,6 +15,7 @@ from laif_jax.stages import sample as sample_stage
 from laif_jax.stages import teach as teach_stage
 from laif_jax.stages.artifact import Artifact, StageError, run_stage
 from laif_jax.stages.context import Context
+from laif_jax.stages.progress import progress_lines
 from laif_jax.stages.usage import usage_of
 
 
@@ -66,7 +67,12 @@ def read_preferences(artifact: Artifact) -> list[Preference]:
 def judge(ctx: Context, spec: CriticSpec, comparisons: list[Comparison]) -> list[Judgement]:
     """One judgement per comparison, in their order, through the labelling service."""
     return ctx.services.client.judge(
-        ctx.services.endpoint(spec.endpoint), spec.critic, comparisons, order=spec.order, seed=ctx.config.seed
+        ctx.services.endpoint(spec.endpoint),
+        spec.critic,
+        comparisons,
+        order=spec.order,
+        seed=ctx.config.seed,
+        on_progress=progress_lines(f"judgements of {spec.endpoint}"),
     )
 
 

@@ -6,7 +6,7 @@ import jax
 from etils import epath
 
 from laif_jax.config import SamplingSpec
-from laif_jax.data.chat import encode_prompt
+from laif_jax.data.chat import encode_prompts, end_of_turn_ids
 from laif_jax.models.model import load_model
 from laif_jax.parallel import distributed
 from laif_jax.records import Completion, Usage, read_jsonl, write_jsonl
@@ -15,6 +15,7 @@ from laif_jax.stages import prompts as prompts_stage
 from laif_jax.stages.artifact import Artifact, run_stage
 from laif_jax.stages.base import compute_dtype, model_folder, model_settings
 from laif_jax.stages.context import Context
+from laif_jax.stages.progress import progress_lines
 
 FILE = "completions.jsonl.gz"
 
@@ -48,21 +49,19 @@ def run(
         rows = prompts_stage.read(prompts, split)[start:stop]
         loaded = load_model(str(model_folder(model)), mesh=ctx.mesh)
         template = ctx.config.model.template
-        encoded = [
-            encode_prompt(
-                loaded.tokenizer, row.prompt.messages, template, max_prompt_length=max_prompt_length
-            )
-            for row in rows
-        ]
+        encoded = encode_prompts(
+            loaded.tokenizer, [row.prompt.messages for row in rows], template, max_prompt_length
+        )
         samples = generate(
             loaded.params,
             loaded.cfg,
-            encoded,
+            encoded.tokens,
             spec,
             jax.random.key(ctx.seed),
             dtype=compute_dtype(ctx),
-            pad_id=loaded.cfg.pad_id,
-            eos_ids=loaded.cfg.eos_ids,
+            eos_ids=tuple(dict.fromkeys((*loaded.cfg.eos_ids, *end_of_turn_ids(loaded.tokenizer, template)))),
+            mesh=ctx.mesh,
+            progress=progress_lines(f"samples of {generator}"),
         )
         completions = [
             Completion(
@@ -72,7 +71,8 @@ def run(
                 finish_reason=sample.finish_reason,
                 sample_index=sample.sample_index,
                 usage=Usage(
-                    prompt_tokens=len(encoded[sample.prompt_index]), completion_tokens=len(sample.tokens)
+                    prompt_tokens=len(encoded.tokens[sample.prompt_index]),
+                    completion_tokens=len(sample.tokens),
                 ),
             )
             for sample in samples
@@ -82,6 +82,7 @@ def run(
         lengths = [len(sample.tokens) for sample in samples]
         return {
             "completions": len(completions),
+            "prompts_truncated": encoded.truncated_count,
             "response_length/mean": sum(lengths) / len(lengths),
             "response_length/max": max(lengths),
             "response_length/clip_ratio": sum(s.finish_reason == "length" for s in samples) / len(samples),

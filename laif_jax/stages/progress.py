@@ -1,0 +1,25 @@
+"""Progress of long waits as plain log lines: they read the same in a terminal, a file and a pod's log."""
+
+import logging
+import time
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+
+def progress_lines(what: str, every: float = 15.0) -> Callable[[int, int], None]:
+    """A callback `(done, total)` that logs a line with the rate and the time left, at most every `every` seconds."""
+    start = last = time.monotonic()
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < every or done == 0:
+            return
+        last = now
+        left = (total - done) * (now - start) / done
+        logger.info(
+            "%s: %d of %d, %.1f per second, %.0f s left", what, done, total, done / (now - start), left
+        )
+
+    return report
