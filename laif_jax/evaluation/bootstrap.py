@@ -25,10 +25,11 @@ class Difference:
     """Win rate of `a` minus win rate of `b`, in percentage points, over the cells that both have.
 
     Attributes:
-      ci95: percentile interval. standard_error: of the bootstrap distribution.
+      ci95: percentile interval. standard_error: of `delta`, from the same resamples but without the widening for few
+        seeds that the interval has.
       p_value: two-sided; the interval excludes 0 exactly when it is below about 0.05.
       n: prompts with at least one cell in both arms. cells: (prompt, seed) cells. seeds: how many.
-      detectable: the true difference that a study of this size finds with probability 0.8: 2.80 standard errors.
+      detectable: the true difference that a study of this size finds with probability about 0.8.
     """
 
     delta: float
@@ -74,21 +75,24 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, samples: int = 2000, seed: 
     cells = np.where(present, cells, 0.0)
     rng = np.random.default_rng(seed)
     draws = _resampled_means(cells.sum(axis=0), present.sum(axis=0), samples, rng)
+    variance = draws.var(ddof=1)
     if len(cells) > 1:
         counts = present.sum(axis=1)
-        draws = draws + _resampled_means(_seed_effects(cells, present, delta) * counts, counts, samples, rng)
+        effects = _seed_effects(cells, present, delta)
+        moves = _resampled_means(effects * counts, counts, samples, rng)
+        variance += moves.var(ddof=1)
+        draws = draws + _few_seeds(len(cells)) * moves
     low, high = np.percentile(draws, [2.5, 97.5])
-    error = float(draws.std(ddof=1))
     tail = min((draws <= 0).sum(), (draws >= 0).sum())
     return Difference(
         delta=delta,
         ci95=(float(low), float(high)),
-        standard_error=error,
+        standard_error=float(np.sqrt(variance)),
         p_value=float(min(1.0, 2.0 * (tail + 1) / (samples + 1))),
         n=cells.shape[1],
         cells=int(present.sum()),
         seeds=cells.shape[0],
-        detectable=2.80 * error,  # z(0.975) + z(0.8) = 1.96 + 0.84
+        detectable=2.80 / 1.96 * float(high - low) / 2,  # z(0.975) + z(0.8) = 1.96 + 0.84
     )
 
 
@@ -96,8 +100,7 @@ def _seed_effects(cells: NDArray, present: NDArray, mean: float) -> NDArray:
     """How far each seed is from the overall mean, [S], for cells [S, N] (0 where absent), S >= 2.
 
     The spread of the seeds' means is partly prompt noise, which the prompts' resampling already holds; the rest, by
-    analysis of variance, is rescaled so that resampling S seeds gives the width of a t interval with S - 1 degrees of
-    freedom.
+    analysis of variance, is rescaled so that resampling S seeds gives their mean's variance without bias.
     """
     seeds, prompts = cells.shape
     counts = present.sum(axis=1)
@@ -108,9 +111,13 @@ def _seed_effects(cells: NDArray, present: NDArray, mean: float) -> NDArray:
     spread = (effects**2).sum() / (seeds - 1)
     if spread <= noise:
         return np.zeros(seeds)
-    widen = np.sqrt(seeds / (seeds - 1)) * _student(seeds - 1) / 1.96
-    effects = effects * np.sqrt(1.0 - noise / spread) * widen
+    effects = effects * np.sqrt((1.0 - noise / spread) * seeds / (seeds - 1))
     return effects - (effects * counts).sum() / counts.sum()  # so that resampling moves the mean nowhere
+
+
+def _few_seeds(seeds: int) -> float:
+    """How much wider an interval from that few seeds must be than a normal one."""
+    return _student(seeds - 1) / 1.96
 
 
 def _student(degrees: int) -> float:

@@ -65,7 +65,7 @@ def verdict(results: Mapping[str, Any], question: QuestionSpec) -> str:
     detectable = row.get("detectable") or _POWER * (high - low) / 2
     return (
         f"No detectable difference between LAIF ({laif}) and SFT ({sft}) here: {numbers} A study of this size would "
-        f"have found a true difference of about {detectable:.1f} points four times in five; smaller ones remain possible."
+        f"find a true difference of about {detectable:.1f} points four times in five; smaller ones remain possible."
     )
 
 
@@ -111,7 +111,8 @@ def _judge_caveat(judge: Mapping[str, Any]) -> list[str]:
             "The judge gave no usable verdict on the human-labelled pairs, so nothing is known about its worth."
         ]
     low, high = row["ci95"]
-    text = f"The judge agrees with humans on {row['without_ties']:.0%} of decided pairs (95% interval {low:.0%} to {high:.0%})"
+    share = f"{row['without_ties']:.0%} of decided pairs (95% interval {low:.0%} to {high:.0%})"
+    text = f"The judge agrees with humans on {share}"
     rivals = {"a coin": row.get("random") or 0.5, "picking the longer answer": row.get("longest_wins") or 0.0}
     name, best = max(rivals.items(), key=lambda item: item[1])
     if low <= best:
