@@ -3,6 +3,9 @@
 import json
 import logging
 import os
+import socket
+import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,7 +40,8 @@ def initialize(
       Whether there are several processes (also where this was called before).
 
     Raises:
-      DistributedError: if the settings are incomplete or wrong, or the processes do not come together in time.
+      DistributedError: if the settings are incomplete or wrong, if JAX was used before, or if process 0 cannot be
+        reached in time. If instead another process is missing, JAX ends this one, after an error in the log.
     """
     if jax.distributed.is_initialized():
         return jax.process_count() > 1
@@ -47,6 +51,12 @@ def initialize(
         return False
     where = settings or {"cluster": "found by JAX"}
     log.info("joining the other processes: %s", where)
+    if settings and settings["process_id"] > 0:
+        _wait_for_coordinator(settings["coordinator_address"], timeout)
+    # JAX does not raise when the time is over: it ends the process, with a message about its own internals.
+    warn = threading.Timer(0.8 * timeout, log.error, [_STILL_WAITING, 0.8 * timeout, where, timeout])
+    warn.daemon = True
+    warn.start()
     try:
         jax.distributed.initialize(
             **(settings or {}),
@@ -56,11 +66,37 @@ def initialize(
         )
     except (RuntimeError, ValueError) as error:
         raise DistributedError(
-            f"this process could not join the others ({where}) within {timeout} s: {error}. Check that every process "
-            "was started, that all have the same coordinator address and number of processes, that the port is open, "
-            "and that nothing used JAX before"
+            f"this process could not join the others ({where}): {error}. Call `initialize` before any other use of "
+            "JAX, and check the settings of every process"
         ) from error
+    finally:
+        warn.cancel()
     return jax.process_count() > 1
+
+
+_STILL_WAITING = (
+    "after %g s not all processes of the run have come (%s); at %g s JAX ends this one. Check that every process was "
+    "started, that all have the same coordinator address and number of processes, and that each has its own process id"
+)
+
+
+def _wait_for_coordinator(address: str, timeout: float) -> None:
+    """Returns once process 0 listens at `address`; DistributedError if it does not within `timeout` seconds."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            with socket.create_connection(
+                (host.strip("[]"), int(port)), timeout=max(1.0, deadline - time.monotonic())
+            ):
+                return
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise DistributedError(
+                    f"nobody answered at {address} within {timeout:g} s ({error}); check that process 0 was started "
+                    f"there, that {EXPLICIT[0]} is its address as seen from this machine, and that the port is open"
+                ) from error
+            time.sleep(min(0.2, timeout / 10))
 
 
 def _explicit_settings(environ: Mapping[str, str]) -> dict[str, Any] | None:
