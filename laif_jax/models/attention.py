@@ -86,7 +86,9 @@ def _scores(q: Array, k: Array, softcap: float | None, scale: float) -> Array:
     return scores if softcap is None else jnp.tanh(scores / softcap) * softcap
 
 
-def naive_attention(q: Array, k: Array, v: Array, mask: Array, *, softcap: float | None, scale: float) -> Array:
+def naive_attention(
+    q: Array, k: Array, v: Array, mask: Array, *, softcap: float | None, scale: float
+) -> Array:
     """The reference, and the fastest for short rows. mask: bool [R, Tq, Tk]."""
     rows, length, heads, head_dim = q.shape
     grouped = q.reshape(rows, length, k.shape[2], heads // k.shape[2], head_dim)
@@ -140,7 +142,9 @@ def blockwise_attention(
                     values[j],
                 )
 
-            nearest = i * block - (j * block + block - 1)  # distance of the closest pair of tokens in two blocks
+            nearest = i * block - (
+                j * block + block - 1
+            )  # distance of the closest pair of tokens in two blocks
             needed = j <= i
             if window is not None:
                 needed &= (nearest < window) | (jnp.asarray(window) == 0)

@@ -76,7 +76,11 @@ _LLAMA_IDS = {"bos_token_id": 1, "eos_token_id": 2}
 _SILU = {"hidden_act": "silu"}
 DEFAULTS: dict[Family, dict[str, Any]] = {
     "llama": _COMMON | _RMS | _LLAMA_IDS | _SILU | {"attention_bias": False, "mlp_bias": False},
-    "mistral": _COMMON | _RMS | _LLAMA_IDS | _SILU | {"sliding_window": 4096, "layer_types": None, "num_key_value_heads": 8},
+    "mistral": _COMMON
+    | _RMS
+    | _LLAMA_IDS
+    | _SILU
+    | {"sliding_window": 4096, "layer_types": None, "num_key_value_heads": 8},
     "qwen2": _COMMON | _RMS | _SILU | _QWEN,
     "qwen3": _COMMON | _RMS | _SILU | _QWEN | {"attention_bias": False, "head_dim": 128},
     "gemma2": _COMMON | _RMS | _GEMMA | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
@@ -99,19 +103,24 @@ _SIZES = (
 )
 
 # Fields that do not change the maths of a forward pass, whatever their value. Dropout is among them: it is off.
+# fmt: off
 HARMLESS = frozenset(
-    """
-    _attn_implementation _attn_implementation_autoset _name_or_path _commit_hash architectures attention_dropout
-    attn_implementation auto_map begin_suppress_tokens cache_implementation classifier_dropout dtype
-    finetuning_task hidden_dropout id2label is_decoder is_llama_config keys_to_ignore_at_inference
-    label2id length_penalty max_length min_length max_sequence_length model_max_length model_type
-    num_beam_groups num_beams num_labels num_return_sequences output_attentions output_hidden_states
-    pretraining_tp prefix problem_type repetition_penalty return_dict return_dict_in_generate resid_pdrop
-    sep_token_id suppress_tokens task_specific_params temperature tokenizer_class top_k top_p torch_dtype
-    transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
-    use_flash_attn chunk_size_feed_forward diversity_penalty encoder_no_repeat_ngram_size no_repeat_ngram_size
-    """.split()
+    {
+        "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path",
+        "architectures", "attention_dropout", "attn_implementation", "auto_map", "begin_suppress_tokens",
+        "cache_implementation", "chunk_size_feed_forward", "classifier_dropout", "diversity_penalty",
+        "dtype", "encoder_no_repeat_ngram_size", "finetuning_task", "hidden_dropout", "id2label",
+        "is_decoder", "is_llama_config", "keys_to_ignore_at_inference", "label2id", "length_penalty",
+        "max_length", "max_sequence_length", "min_length", "model_max_length", "model_type",
+        "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels", "num_return_sequences",
+        "output_attentions", "output_hidden_states", "prefix", "pretraining_tp", "problem_type",
+        "repetition_penalty", "resid_pdrop", "return_dict", "return_dict_in_generate", "sep_token_id",
+        "suppress_tokens", "task_specific_params", "temperature", "tokenizer_class", "top_k", "top_p",
+        "torch_dtype", "transformers.js_config", "transformers_version", "typical_p", "unsloth_fixed",
+        "unsloth_version", "use_bfloat16", "use_cache", "use_flash_attn",
+    }
 )
+# fmt: on
 # Fields that a family carries but `transformers` never computes with.
 _IGNORED: dict[Family, frozenset[str]] = {
     "qwen2": frozenset({"attention_bias"}),
@@ -172,7 +181,9 @@ def _fields(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 def _activation(name: str) -> Any:
     if name not in _ACTIVATIONS:
-        raise UnsupportedModelError(f"activation {name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
+        raise UnsupportedModelError(
+            f"activation {name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}"
+        )
     return _ACTIVATIONS[name]
 
 
@@ -249,7 +260,7 @@ def from_hf(hf: Mapping[str, Any], *, lora: LoraSpec | None = None) -> ModelConf
         head_dim = fields["hidden_size"] // heads
     types = _layer_types(fields, family)
     ropes, rope_index = read_ropes(fields, family, types)
-    window = fields.get("sliding_window")
+    window = fields.get("sliding_window") or 0
     return ModelConfig(
         family=family,
         vocab_size=fields["vocab_size"],

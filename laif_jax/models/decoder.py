@@ -14,12 +14,14 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from laif_jax.models.arch import ModelConfig
-from laif_jax.models.attention import BLOCKWISE_ABOVE, Visibility, attention, decode_attention, visibility
+from laif_jax.models.attention import Visibility, attention, decode_attention, visibility
 from laif_jax.models.rope import rope_tables, rotate
+from laif_jax.models.sharding import compiler_partitioned, spec_of
 from laif_jax.models.specs import ParamSpec, block_specs, param_specs
+from laif_jax.parallel.rules import constrain
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -44,6 +46,11 @@ class Shared(NamedTuple):
     sines: Array
     vis: Visibility | None
     index: Array | None
+
+
+def _rows(x: Array) -> Array:
+    """Keeps the residual stream [R, T, D] sharded by rows, whatever the weights' shardings suggest."""
+    return constrain(x, "batch", "length", "embed")
 
 
 # ---- modules -----------------------------------------------------------------------------------------------------
@@ -104,6 +111,11 @@ class Linear(_Table):
         return y + self.get("bias").astype(self.dtype) if "bias" in self.specs else y
 
 
+def _write(slots: Array, new: Array, index: Array) -> Array:
+    """Writes one token per row: slots [B, K, S, H], new [B, 1, K, H], index int32 [B]."""
+    return slots.at[jnp.arange(slots.shape[0]), :, index].set(new[:, 0].astype(slots.dtype))
+
+
 class Attention(_Table):
     """Self-attention with rotary positions. Returns the output and the keys and values to keep."""
 
@@ -128,11 +140,7 @@ class Attention(_Table):
             out = attention(q, k, v, shared.vis, **options)
         else:
             assert shared.index is not None
-            rows = jnp.arange(x.shape[0])
-            # [B, K, S, H]: the slot of each row's own position is written.
-            kept = tuple(
-                old.at[rows, :, shared.index].set(new[:, 0].astype(old.dtype)) for old, new in zip(cache, (k, v))
-            )
+            kept = _write(cache[0], k, shared.index), _write(cache[1], v, shared.index)
             out = decode_attention(q, *kept, shared.index, **options)
         return part(Linear, "o", contract=2)(out), kept
 
@@ -173,12 +181,12 @@ class Block(_Table):
             attended = part(Norm, "post_attn_norm")(attended)
         mlp_norm, mlp = part(Norm, "mlp_norm"), part(Mlp, "mlp")
         if cfg.parallel_residual:
-            return x + attended + mlp(mlp_norm(x)), kept if self.keep else None
+            return _rows(x + attended + mlp(mlp_norm(x))), kept if self.keep else None
         x = x + attended
         out = mlp(mlp_norm(x))
         if cfg.post_norms:
             out = part(Norm, "post_mlp_norm")(out)
-        return x + out, kept if self.keep else None
+        return _rows(x + out), kept if self.keep else None
 
 
 class Layers(nn.Module):
@@ -237,13 +245,14 @@ def _initializer_of(cfg: ModelConfig, dtype: Any) -> Callable[[Array], dict[str,
 
 
 def _embed(params: Params, cfg: ModelConfig, tokens: Array, dtype: Any) -> Array:
-    x = params["embed"]["embedding"][tokens].astype(dtype)
-    return x * jnp.asarray(math.sqrt(cfg.hidden_size), dtype) if cfg.embed_scale else x
+    # Gathered over its width first, as every other weight is: rows then come out sharded as the tokens are.
+    x = constrain(params["embed"]["embedding"], "vocab", None)[tokens].astype(dtype)
+    return _rows(x * jnp.asarray(math.sqrt(cfg.hidden_size), dtype) if cfg.embed_scale else x)
 
 
 def _final_norm(params: Params, cfg: ModelConfig, x: Array, dtype: Any) -> Array:
     norm = Norm(cfg, param_specs(cfg)["final_norm"], dtype)
-    return norm.apply({"params": params["final_norm"]}, x)  # ty: ignore[invalid-return-type]
+    return norm.apply({"params": params["final_norm"]}, x)  # ty: ignore[invalid-explicit-return]
 
 
 def hidden_states(
@@ -276,15 +285,21 @@ def hidden_states(
         x = layers.apply({"params": {"layers": params["layers"]}}, x, shared)
         return _final_norm(params, cfg, x, dtype)  # ty: ignore[invalid-argument-type]
 
-    return compiler_sharded(run, (tokens, None, None))(params, tokens, positions, segment_ids)
-
-
-def compiler_sharded(run: Callable[..., Any], *_: Any) -> Callable[..., Any]:
-    return run
+    args = (params, tokens, positions, segment_ids)
+    return compiler_partitioned(run, args, lambda: PartitionSpec(*spec_of(tokens), None))
 
 
 def logits(params: Params, cfg: ModelConfig, hidden: Array) -> Array:
     """Vocabulary logits float32 [..., V] of hidden states [..., D], multiplied in the dtype of `hidden`."""
+
+    def run(params: Params, hidden: Array) -> Array:
+        return vocab_logits(params, cfg, hidden)
+
+    return compiler_partitioned(run, (params, hidden), lambda: PartitionSpec(*spec_of(hidden)[:-1], None))
+
+
+def vocab_logits(params: Params, cfg: ModelConfig, hidden: Array) -> Array:
+    """`logits` for callers that already are inside a region of automatic partitioning."""
     if cfg.tie_embeddings:
         table, axis = params["embed"]["embedding"], 1
     else:
@@ -314,7 +329,9 @@ def unstack_layers(params: Params, cfg: ModelConfig, dtype: Any | None = None) -
     `dtype`: also cast the weights, once, to the compute dtype (norms and adapters included), so that no step does.
     """
     out = {name: tree for name, tree in params.items() if name != "layers"}
-    out["layers"] = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(cfg.num_layers))
+    out["layers"] = tuple(
+        jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(cfg.num_layers)
+    )
     if dtype is not None:
         out = jax.tree.map(lambda leaf: leaf.astype(dtype), out)
     return out
@@ -333,7 +350,7 @@ def _layer(
     window = cfg.windows[i] if cache is not None else jnp.int32(cfg.windows[i])
     block = Block(cfg, block_specs(cfg), dtype, keep=True)
     inputs = ((window, cfg.rope_index[i]), shared, cache)
-    return block.apply({"params": params["layers"][i]}, x, *inputs)  # ty: ignore[invalid-return-type]
+    return block.apply({"params": params["layers"][i]}, x, *inputs)  # ty: ignore[invalid-explicit-return]
 
 
 def prefill(
@@ -357,9 +374,26 @@ def prefill(
     Raises:
       ValueError: the prompts are longer than the cache.
     """
+    if tokens.shape[1] > cache.length:
+        raise ValueError(
+            f"prompts of {tokens.shape[1]} tokens do not fit a cache of {cache.length}; make it longer"
+        )
+
+    def run(params: Params, tokens: Array, lengths: Array, cache: Cache) -> tuple[Array, Cache, Array]:
+        return _prefill(params, cfg, tokens, lengths, cache, dtype)
+
+    def specs() -> Any:
+        row = spec_of(tokens)[0]
+        return PartitionSpec(row, None), jax.tree.map(spec_of, cache), PartitionSpec(row, None, None)
+
+    last, cache, x = compiler_partitioned(run, (decode_params, tokens, lengths, cache), specs)
+    return (last, cache, x) if return_all else (last, cache)
+
+
+def _prefill(
+    decode_params: Params, cfg: ModelConfig, tokens: Array, lengths: Array, cache: Cache, dtype: Any
+) -> tuple[Array, Cache, Array]:
     length = tokens.shape[1]
-    if length > cache.length:
-        raise ValueError(f"prompts of {length} tokens do not fit a cache of {cache.length}; make it longer")
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
     segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
     cosines, sines = rope_tables(cfg, positions, segment_ids)
@@ -372,12 +406,17 @@ def prefill(
             out.append(old.at[:, :, :length].set(jnp.swapaxes(new, 1, 2).astype(old.dtype)))
     x = _final_norm(decode_params, cfg, x, dtype)
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    cache = Cache(tuple(keys), tuple(values))
-    return (last, cache, x) if return_all else (last, cache)
+    return last, Cache(tuple(keys), tuple(values)), x
 
 
 def decode_step(
-    decode_params: Params, cfg: ModelConfig, token: Array, index: Array, cache: Cache, *, dtype: Any = jnp.float32
+    decode_params: Params,
+    cfg: ModelConfig,
+    token: Array,
+    index: Array,
+    cache: Cache,
+    *,
+    dtype: Any = jnp.float32,
 ) -> tuple[Array, Cache]:
     """Runs one token per row and writes its keys and values at its position.
 
@@ -387,6 +426,19 @@ def decode_step(
     Returns:
       (hidden [B, D], cache).
     """
+
+    def run(params: Params, token: Array, index: Array, cache: Cache) -> tuple[Array, Cache]:
+        return _decode_step(params, cfg, token, index, cache, dtype)
+
+    def specs() -> Any:
+        return PartitionSpec(spec_of(token)[0], None), jax.tree.map(spec_of, cache)
+
+    return compiler_partitioned(run, (decode_params, token, index, cache), specs)
+
+
+def _decode_step(
+    decode_params: Params, cfg: ModelConfig, token: Array, index: Array, cache: Cache, dtype: Any
+) -> tuple[Array, Cache]:
     cosines, sines = rope_tables(cfg, index[:, None], None)
     shared = Shared(cosines, sines, None, index)
     x = _embed(decode_params, cfg, token[:, None], dtype)

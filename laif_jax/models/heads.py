@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from laif_jax.models.arch import ModelConfig
-from laif_jax.models.decoder import Params, logits
+from laif_jax.models.decoder import Params, vocab_logits
+from laif_jax.models.sharding import compiler_partitioned, spec_of
 
 Array = jax.Array
 
@@ -52,6 +53,23 @@ def token_stats(
     Entropy and accuracy carry no gradient of their own use unless a loss uses them. A tie for the most likely token
     counts as correct.
     """
+
+    def run(params: Params, hidden: Array, tokens: Array, segment_ids: Array) -> TokenStats:
+        return _token_stats(params, cfg, hidden, tokens, segment_ids, chunk, logps_only)
+
+    head = {name: params[name] for name in (("embed",) if cfg.tie_embeddings else ("lm_head",))}
+    return compiler_partitioned(run, (head, hidden, tokens, segment_ids), lambda: spec_of(tokens))
+
+
+def _token_stats(
+    params: Params,
+    cfg: ModelConfig,
+    hidden: Array,
+    tokens: Array,
+    segment_ids: Array,
+    chunk: int,
+    logps_only: bool,
+) -> TokenStats:
     rows, length, _ = hidden.shape
     # The hidden state at t predicts token t + 1: targets move left, results move right.
     targets = jnp.roll(tokens, -1, axis=1)
@@ -87,7 +105,7 @@ def _stats(
     params: Params, cfg: ModelConfig, hidden: Array, targets: Array, valid: Array, logps_only: bool
 ) -> TokenStats:
     """Stats of one chunk; hidden [R, t, D], targets and valid [R, t]."""
-    scores = logits(params, cfg, hidden)  # float32 [R, t, V]
+    scores = vocab_logits(params, cfg, hidden)  # float32 [R, t, V]
     top = jax.lax.stop_gradient(scores.max(axis=-1))
     weights = jnp.exp(scores - top[..., None])
     total = weights.sum(axis=-1)

@@ -12,7 +12,9 @@ from laif_jax.models.decoder import Params, init_params
 Array = jax.Array
 
 
-def _map_linears(tree: Params, change: Callable[[dict[str, Any], tuple[str, ...]], dict[str, Any]]) -> dict[str, Any]:
+def _map_linears(
+    tree: Params, change: Callable[[dict[str, Any], tuple[str, ...]], dict[str, Any]]
+) -> dict[str, Any]:
     """Applies `change(linear, path)` to every dict that holds a kernel."""
 
     def walk(node: Any, path: tuple[str, ...]) -> Any:
@@ -32,7 +34,9 @@ def add_lora(params: Params, cfg: ModelConfig, key: Array) -> dict[str, Any]:
       ValueError: `cfg.lora` is None.
     """
     if cfg.lora is None:
-        raise ValueError("add_lora: the model's configuration has no `lora`; give it one (dataclasses.replace)")
+        raise ValueError(
+            "add_lora: the model's configuration has no `lora`; give it one (dataclasses.replace)"
+        )
     fresh = init_params(cfg, key)
 
     def change(linear: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
@@ -45,7 +49,7 @@ def add_lora(params: Params, cfg: ModelConfig, key: Array) -> dict[str, Any]:
 
 
 def merge_lora(params: Params, cfg: ModelConfig) -> dict[str, Any]:
-    """Folds the adapters into the kernels: parameters of the same model without adapters. The sum is made in float32."""
+    """Folds the adapters into the kernels, in float32: parameters of the same model without adapters."""
 
     def change(linear: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
         if "lora_a" not in linear:

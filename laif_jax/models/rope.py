@@ -21,7 +21,10 @@ def _plain(rope: RopeConfig, dim: int) -> np.ndarray:
 
 def _llama3(rope: RopeConfig, dim: int) -> np.ndarray:
     """Llama 3.1: long wavelengths divided by `factor`, short ones kept, a smooth blend between."""
-    assert rope.factor and rope.low_freq_factor and rope.high_freq_factor and rope.original_max_position
+    assert rope.factor is not None
+    assert rope.low_freq_factor is not None
+    assert rope.high_freq_factor is not None
+    assert rope.original_max_position is not None
     inverse = _plain(rope, dim)
     wavelength = 2 * math.pi / inverse
     low, high = rope.low_freq_factor, rope.high_freq_factor

@@ -36,7 +36,9 @@ def _read_rope(
     unknown = {key: value for key, value in unknown.items() if not (key == "factor" and value == 1.0)}
     if unknown:
         raise UnsupportedModelError(f"rope scaling of type {kind!r}: {unknown} are unknown or have no effect")
-    values = {key: params.get(key) for key in (*required, *optional) if key != "original_max_position_embeddings"}
+    values: dict[str, Any] = {
+        key: params.get(key) for key in (*required, *optional) if key != "original_max_position_embeddings"
+    }
     if values.get("truncate") is None:
         values.pop("truncate", None)
     if kind in ("llama3", "yarn"):
@@ -73,7 +75,9 @@ def read_ropes(
     nested = isinstance(params, Mapping) and any(isinstance(value, Mapping) for value in params.values())
     if family != "gemma3_text":
         if nested:
-            raise UnsupportedModelError(f"`rope_parameters` per layer type in a {family} model: only gemma3 has them")
+            raise UnsupportedModelError(
+                f"`rope_parameters` per layer type in a {family} model: only gemma3 has them"
+            )
         rope = _read_rope(scaling or params, theta or 10000.0, fraction, *rest)
         if rope.fraction != 1.0 and family != "gpt_neox":
             raise UnsupportedModelError(f"`partial_rotary_factor: {rope.fraction}` of a {family} model")

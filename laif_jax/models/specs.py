@@ -119,7 +119,5 @@ def param_specs(cfg: ModelConfig) -> Specs:
     }
     if not cfg.tie_embeddings:
         shape = (cfg.hidden_size, cfg.vocab_size)
-        specs["lm_head"] = {
-            "kernel": ParamSpec(shape, ("embed", "vocab"), "normal", cfg.initializer_range)
-        }
+        specs["lm_head"] = {"kernel": ParamSpec(shape, ("embed", "vocab"), "normal", cfg.initializer_range)}
     return specs
