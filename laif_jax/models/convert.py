@@ -1,0 +1,48 @@
+"""Any model source into a folder in Hugging Face layout."""
+
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from laif_jax.models import names
+from laif_jax.models.gguf import GGUFFile
+from laif_jax.models.model import load_model, resolve, save_model
+from laif_jax.models.tokenizer import save_tokenizer
+from laif_jax.models.weights import MAX_SHARD_BYTES, write_folder
+
+
+def convert(
+    source: str, dest: epath.PathLike, dtype: Any = np.float32, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> epath.Path:
+    """Converts a model (folder, `.gguf`, known name, Hub id) into `dest`. Returns it.
+
+    A GGUF file is converted one tensor at a time; its weights are dequantised.
+
+    Args:
+      dtype: of the files: float32, float16 or bfloat16.
+
+    Raises:
+      WeightsError, UnsupportedModelError, TokenizerError, FetchError, OSError: say what, where and what to do.
+    """
+    path = resolve(source)
+    dest = epath.Path(dest)
+    if path.endswith(".gguf"):
+        _convert_gguf(GGUFFile(path), dest, np.dtype(dtype), max_shard_bytes)
+    else:
+        save_model(dest, load_model(path, dtype=dtype), max_shard_bytes=max_shard_bytes)
+    return dest
+
+
+def _convert_gguf(file: GGUFFile, dest: epath.Path, dtype: np.dtype, max_shard_bytes: int) -> None:
+    from laif_jax.models.config import to_hf
+
+    cfg = file.config()
+    shapes = file.shapes()
+    names.check(cfg, shapes, str(file.path))
+    save_tokenizer(dest, file.tokenizer())
+    described = {name: (shapes[name], dtype) for name in sorted(shapes)}
+    config = {**to_hf(cfg), "dtype": str(dtype)}
+    write_folder(
+        dest, config, described, lambda name: file.tensor(name).astype(dtype), max_shard_bytes=max_shard_bytes
+    )
