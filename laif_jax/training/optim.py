@@ -75,15 +75,9 @@ def _descend() -> optax.GradientTransformationExtraArgs:
         del params
         return optax.EmptyState()
 
-    def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        learning_rate: jax.Array | float,
-        weight_decay: jax.Array | float = 0.0,
-        **_: Any,
-    ) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **hyper: Any) -> tuple[Any, Any]:
+        learning_rate, weight_decay = hyper["learning_rate"], hyper.get("weight_decay", 0.0)
+
         def one(path: Any, u: jax.Array, p: jax.Array) -> jax.Array:
             return -learning_rate * (u + weight_decay * p if is_decayed(path) else u)
 

@@ -94,6 +94,10 @@ def _compiled_step(
     run = optax.with_extra_args_support(optimizer)
 
     def step(state: TrainState, batch: Any, hyper: Any) -> tuple[TrainState, dict[str, Any]]:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # what `constrain` lays activations over
+            return update(state, batch, hyper)
+
+    def update(state: TrainState, batch: Any, hyper: Any) -> tuple[TrainState, dict[str, Any]]:
         grads, sums, outputs = _accumulate(loss_fn, state, batch, hyper, shardings.trainable)
         total, weight, sums = sums
         scale = 1.0 / jnp.where(weight > 0, weight, 1.0)
