@@ -18,8 +18,9 @@ def length_bucket(length: int, longest: int) -> int:
 
 
 def batch_bucket(rows: int, largest: int, multiple: int = 1) -> int:
-    """The padded number of rows: the next power of two, at most `largest`, rounded up to `multiple` (of devices)."""
-    size = min(1 << max(rows - 1, 0).bit_length(), max(largest, rows))
+    """Rows of a batch for `rows` requests: the next power of two, but at most `largest` (more requests then need more
+    batches), rounded up to `multiple` (of devices)."""
+    size = min(1 << max(rows - 1, 0).bit_length(), largest)
     return -(-size // multiple) * multiple
 
 

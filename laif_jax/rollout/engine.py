@@ -212,7 +212,7 @@ def compiled(
     )
 
 
-def _mesh_of(params: Any) -> Mesh | None:
+def mesh_of(params: Any) -> Mesh | None:
     """The mesh that the parameters are spread over, if they are."""
     for leaf in jax.tree.leaves(params):
         sharding = getattr(leaf, "sharding", None)
@@ -259,11 +259,11 @@ class Engine:
         """`max_length`: tokens of prompt and output together; None: the model's context."""
         self.cfg = cfg
         self.dtype = jnp.dtype(dtype)
-        self.mesh = _mesh_of(params) if mesh is None else mesh
+        self.mesh = mesh_of(params) if mesh is None else mesh
         self.pad_id = pad_id or 0  # any token will do: padding is masked by length
         self.eos_ids = np.asarray(cfg.eos_ids if eos_ids is None else eos_ids, np.int32).reshape(-1)
         self.max_length = min(max_length or cfg.max_position, cfg.max_position)
-        self.params = _unstack(params, cfg)
+        self.params = _unstack(params, cfg, self.dtype)
         self._key_width = jax.random.key_data(jax.random.key(0)).shape[-1]
 
     def seeded_key(self, seed: int, index: int) -> np.ndarray:
@@ -343,9 +343,16 @@ class Engine:
         return tokens, lengths, RowSettings(keys, SamplingParams(temperature, top_p, top_k), limit)
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def _unstack(params: Any, cfg: ModelConfig) -> Any:
-    return unstack_layers(params, cfg)
+@functools.partial(jax.jit, static_argnames=("cfg", "dtype"))
+def _unstack(params: Any, cfg: ModelConfig, dtype: Any) -> Any:
+    """Weights per layer, cast once to the compute dtype, which each use would cast them to. Norms compute in float32
+    from the weights as they are, here as in training, so they are left alone."""
+
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        in_norm = any(str(getattr(entry, "key", "")).endswith("norm") for entry in path)
+        return leaf if in_norm else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, unstack_layers(params, cfg))
 
 
 def _outputs(state: DecodeState, rows: int) -> list[RowOutput]:
