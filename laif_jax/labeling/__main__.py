@@ -1,0 +1,34 @@
+"""`python -m laif_jax.labeling serve --store FOLDER`: the labelling service, without the rest of the package."""
+
+import argparse
+import logging
+import sys
+
+from laif_jax.labeling.errors import LabelError
+from laif_jax.labeling.process import end_with_parent
+from laif_jax.labeling.service import serve_labels
+
+
+def main() -> int:
+    """Exit code 0 after a normal end, 1 if the service could not run (the log says why)."""
+    parser = argparse.ArgumentParser(prog="python -m laif_jax.labeling", description=__doc__)
+    serve = parser.add_subparsers(required=True).add_parser("serve", help="run the service")
+    serve.add_argument("--store", required=True, help="folder of the store")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8321, help="0 takes a free one")
+    serve.add_argument("--ready-file", help="gets the address once the service answers")
+    serve.add_argument("--end-with-parent", action="store_true", help="end when standard input closes")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if options.end_with_parent:
+        end_with_parent()
+    try:
+        serve_labels(options.host, options.port, options.store, options.ready_file)
+    except LabelError as error:
+        logging.getLogger("laif_jax.labeling").error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""A call: what is sent to an endpoint, and the key under which its answer is kept."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from laif_jax.config.schema import EndpointSpec, SimulatedSpec
+from laif_jax.labeling.errors import EndpointError
+from laif_jax.labeling.parsers import Parser
+from laif_jax.records import content_id
+
+KEY_VERSION = 1  # part of every request key: raise it if the meaning of a stored request changes
+
+
+def checked_url(url: str) -> str:
+    """`url` without a trailing slash.
+
+    Raises:
+      EndpointError: not an http(s) address, or one that carries a user name, password or query: secrets belong in
+        the environment variable that `api_key_env` names, not in an address that is stored and logged.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise EndpointError(f"base_url {url!r} is not an address such as http://127.0.0.1:8080/v1")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise EndpointError(
+            f"base_url at {parts.hostname} carries a user name, password or query. Put the key in an environment "
+            "variable, name the variable in `api_key_env`, and give the plain address"
+        )
+    return url.rstrip("/")
+
+
+class Endpoint(BaseModel):
+    """An endpoint as the service calls it.
+
+    Attributes:
+      identity: what tells this endpoint from every other one in a request's key: for a remote endpoint its address,
+        for a local model the hash of its weights (the port changes from run to run), for a simulated one its settings.
+      api_key_env: the name of an environment variable *of the service*; the key itself is never sent or stored.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    provider: Literal["openai", "simulated"]
+    model: str = "default"
+    identity: str = ""
+    base_url: str | None = None
+    api_key_env: str | None = None
+    simulated: SimulatedSpec | None = None
+    concurrency: int = Field(default=8, gt=0)
+    timeout: float = Field(default=120.0, gt=0)
+    max_attempts: int = Field(default=6, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Endpoint":
+        if self.provider == "simulated":
+            if self.simulated is None:
+                raise ValueError("a simulated endpoint needs `simulated`")
+            # Latency does not change an answer, so it does not re-ask.
+            settings = self.simulated.model_dump(mode="json", exclude={"latency"})
+            object.__setattr__(self, "identity", f"simulated:{content_id(settings)}")
+        else:
+            if self.base_url is None:
+                raise ValueError("an OpenAI-compatible endpoint needs `base_url`")
+            object.__setattr__(self, "base_url", checked_url(self.base_url))
+            if not self.identity:
+                object.__setattr__(self, "identity", self.base_url)
+        return self
+
+    @classmethod
+    def from_spec(cls, spec: EndpointSpec, *, base_url: str | None = None, identity: str = "") -> "Endpoint":
+        """The endpoint of a configuration.
+
+        Args:
+          base_url, identity: of the running server, for `llama_cpp` and `checkpoint`
+            (`local_servers.running(spec)` starts it and fills both).
+        """
+        shared = {name: getattr(spec, name) for name in ("model", "concurrency", "timeout", "max_attempts")}
+        if spec.provider == "simulated":
+            return cls(provider="simulated", simulated=spec.simulated, **shared)
+        if spec.provider == "openai":
+            return cls(provider="openai", base_url=spec.base_url, api_key_env=spec.api_key_env, **shared)
+        if base_url is None:
+            raise EndpointError(
+                f"`provider: {spec.provider}` needs its server running: "
+                "use `with laif_jax.labeling.running(spec) as endpoint`"
+            )
+        return cls(provider="openai", base_url=base_url, identity=identity, **shared)
+
+    @property
+    def name(self) -> str:
+        """For messages: model and place."""
+        return f"{self.model} at {self.base_url or self.identity}"
+
+    @cached_property
+    def key(self) -> str:
+        """Short hash of what makes this endpoint this endpoint (not of its concurrency, time-out or address's port)."""
+        return content_id([self.provider, self.identity, self.model])
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """What a simulated endpoint may look at beside the messages. Real endpoints never see it.
+
+    Attributes:
+      instruction: the prompt's last user turn.
+      first, second: the two responses in the order shown; None for a completion.
+      quality: their planted qualities (first, second), for the world "planted".
+      parser: writes a verdict in the format that the critic asks for; `format_id` names it in the key.
+    """
+
+    instruction: str
+    first: str | None = None
+    second: str | None = None
+    quality: tuple[float | None, float | None] = (None, None)
+    parser: Parser | None = None
+    format_id: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One request to one endpoint.
+
+    Attributes:
+      params: temperature, max_tokens, and where set top_p, seed, top_logprobs.
+      sample: index of the sample, so that the same request may be asked several times.
+      request: canonical JSON of everything that decides the answer. key: its SHA-256, the store's primary key.
+        Neither holds a key, an address's port of a local server, a time-out or a concurrency.
+    """
+
+    endpoint: Endpoint
+    messages: tuple[dict[str, str], ...]
+    params: dict[str, Any]
+    sample: int = 0
+    truth: Truth | None = None
+    request: str = field(init=False)
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        endpoint = self.endpoint
+        value: dict[str, Any] = {
+            "v": KEY_VERSION,
+            "provider": endpoint.provider,
+            "endpoint": endpoint.identity,
+            "model": endpoint.model,
+            "messages": self.messages,
+            "params": self.params,
+            "sample": self.sample,
+        }
+        if endpoint.provider == "simulated" and self.truth is not None:
+            value["truth"] = [self.truth.format_id, *self.truth.quality]
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        # A lone surrogate (half an emoji cut by truncation) is not UTF-8; SQLite and HTTP need UTF-8.
+        data = text.encode("utf-8", "surrogatepass")
+        object.__setattr__(self, "request", data.decode("utf-8", "replace"))
+        object.__setattr__(self, "key", hashlib.sha256(data).hexdigest())
+
+    @property
+    def needs_logprobs(self) -> bool:
+        return "top_logprobs" in self.params
+
+    def body(self) -> dict[str, Any]:
+        """The body of POST /chat/completions."""
+        body = {"model": self.endpoint.model, "messages": list(self.messages), **self.params}
+        if self.needs_logprobs:
+            body["logprobs"] = True
+        return body

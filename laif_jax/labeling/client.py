@@ -1,0 +1,237 @@
+"""The client of the labelling service, used by the stages. Plain blocking calls; progress through a callback."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import httpx
+from pydantic import TypeAdapter
+
+from laif_jax.config.schema import EndpointSpec
+from laif_jax.labeling.calls import Endpoint
+from laif_jax.labeling.complete import Failure
+from laif_jax.labeling.critic import Critic, load_critic
+from laif_jax.labeling.errors import LabelServiceError
+from laif_jax.labeling.jobs import CompleteJob, JobStatus, JudgeJob
+from laif_jax.records import Comparison, Completion, Judgement, Prompt
+
+log = logging.getLogger(__name__)
+Progress = Callable[[JobStatus], None]
+_completion: TypeAdapter[Completion | Failure] = TypeAdapter(Completion | Failure)
+
+
+class LabelClient:
+    """Submits jobs, waits for them, and reads their results.
+
+    A short outage of the service is waited out; if the service was started again meanwhile, the job is submitted again
+    and goes on from the store.
+
+    Args:
+      poll: seconds between two looks at a running job.
+      patience: seconds without an answer from the service, or without space for its store, that are waited out.
+      death: says how the service died, "" while it lives; then nobody waits for it (see `LabelService.client`).
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        poll: float = 0.2,
+        patience: float = 30.0,
+        death: Callable[[], str] | None = None,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.last_job = ""
+        self._poll, self._patience, self._death = poll, patience, death or (lambda: "")
+        # No proxy: the service is on this machine, or on one that the user named.
+        self._http = httpx.Client(
+            base_url=self.url, timeout=httpx.Timeout(120.0, connect=5.0), trust_env=False
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    # ---- what the stages call ----------------------------------------------------------------------------------
+
+    def complete(
+        self,
+        endpoint: EndpointSpec | Endpoint,
+        requests: Sequence[Prompt],
+        *,
+        generator: str,
+        system: str | None = None,
+        temperature: float = 1.0,
+        max_tokens: int = 512,
+        top_p: float | None = None,
+        n: int = 1,
+        seed: int | None = None,
+        on_progress: Progress | None = None,
+    ) -> list[Completion | Failure]:
+        """Completions of prompts: prompt 0 sample 0, ..., prompt 0 sample n-1, prompt 1 sample 0, ...
+
+        Args:
+          endpoint: who writes; for `llama_cpp` and `checkpoint` use `with running(spec) as endpoint`.
+          generator: the name that the completions carry.
+          seed: sent to the endpoint as `seed` + sample index; None: not sent.
+
+        Raises:
+          LabelServiceError: the service is unreachable or refused the job. What an *endpoint* does wrong never
+            raises: it is a `Failure` in the list.
+        """
+        job = CompleteJob(
+            endpoint=_endpoint(endpoint),
+            prompts=tuple(requests),
+            generator=generator,
+            system=system,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            top_p=top_p,
+            n=n,
+            seed=seed,
+        )
+        status = self._run(job, on_progress)
+        return [_completion.validate_json(line) for line in self._lines(status.id)]
+
+    def judge(
+        self,
+        endpoint: EndpointSpec | Endpoint,
+        critic: str | Path | Critic,
+        comparisons: Sequence[Comparison],
+        *,
+        order: Literal["both", "seeded"] = "both",
+        seed: int = 0,
+        on_progress: Progress | None = None,
+    ) -> list[Judgement]:
+        """One judgement per comparison, in order; see `laif_jax.labeling.judge` for the rules.
+
+        Args:
+          critic: a shipped critic's name, a critic's folder on this machine, or a `Critic`.
+          seed: draws the order for `order="seeded"`; no effect on "both".
+
+        Raises:
+          CriticError: no such critic. LabelServiceError: see `complete`.
+        """
+        critic = critic if isinstance(critic, Critic) else load_critic(critic)
+        job = JudgeJob(
+            endpoint=_endpoint(endpoint),
+            critic=critic,
+            comparisons=tuple(comparisons),
+            order=order,
+            seed=seed,
+        )
+        status = self._run(job, on_progress)
+        return [Judgement.model_validate_json(line) for line in self._lines(status.id)]
+
+    def judgements(self, job_id: str | None = None) -> list[Judgement]:
+        """The single-order judgements behind a job's results (by default the last job of this client)."""
+        return [
+            Judgement.model_validate_json(line) for line in self._lines(job_id or self.last_job, parts="true")
+        ]
+
+    def status(self, job_id: str) -> JobStatus:
+        """Where a job stands."""
+        return JobStatus.model_validate(self._request("GET", f"/v1/jobs/{job_id}").json())
+
+    def stats(self) -> dict[str, Any]:
+        """Counts over the whole store."""
+        return self._request("GET", "/v1/stats").json()
+
+    def health(self) -> dict[str, Any]:
+        return self._request("GET", "/health").json()
+
+    # ---- how -----------------------------------------------------------------------------------------------------
+
+    def _run(self, job: CompleteJob | JudgeJob, on_progress: Progress | None) -> JobStatus:
+        body = job.model_dump_json().encode("utf-8", "surrogatepass")
+        submissions, stalled_since = 0, 0.0
+        status: JobStatus | None = None
+        while True:
+            if status is None:
+                submissions += 1
+                if submissions > 10:
+                    raise LabelServiceError(
+                        f"the labelling service at {self.url} lost the job 10 times; see its log. "
+                        "Answers already given are in its store"
+                    )
+                status = JobStatus.model_validate(
+                    self._request(
+                        "POST", "/v1/jobs", content=body, headers={"Content-Type": "application/json"}
+                    ).json()
+                )
+                self.last_job = status.id
+            if on_progress is not None:
+                on_progress(status)
+            if status.state == "done":
+                return status
+            if status.state == "failed":
+                raise LabelServiceError(f"labelling job {status.id} failed: {status.reason}")
+            if status.stalled:
+                stalled_since = stalled_since or time.monotonic()
+                if time.monotonic() - stalled_since > self._patience:
+                    raise LabelServiceError(f"labelling job {status.id} cannot go on: {status.stalled}")
+            else:
+                stalled_since = 0.0
+            time.sleep(self._poll)
+            status = self._look(status.id)
+
+    def _look(self, job_id: str) -> JobStatus | None:
+        """The job's status; None if it must be submitted again."""
+        response = self._request("GET", f"/v1/jobs/{job_id}", accept=(404,))
+        if response.status_code == 404:
+            return None
+        status = JobStatus.model_validate(response.json())
+        if status.state == "interrupted":
+            log.warning("the labelling service was started again; the job goes on from its store")
+            return None
+        return status
+
+    def _lines(self, job_id: str, **query: str) -> list[str]:
+        response = self._request("GET", f"/v1/jobs/{job_id}/results", params=query)
+        return [line for line in response.content.decode("utf-8").split("\n") if line]
+
+    def _request(
+        self, method: str, path: str, *, accept: tuple[int, ...] = (), **rest: Any
+    ) -> httpx.Response:
+        """One exchange with the service; an unreachable service is tried again for `patience` seconds."""
+        limit = time.monotonic() + self._patience
+        delay = 0.05
+        while True:
+            try:
+                response = self._http.request(method, path, **rest)
+                break
+            except httpx.TransportError as error:
+                death = self._death()
+                if death or time.monotonic() > limit:
+                    why = death or f"it does not answer for {self._patience:g} s ({error})"
+                    raise LabelServiceError(
+                        f"labelling service at {self.url}: {why}\nStart it again (`laif serve labels`) and run again: "
+                        "answers already given are in its store and are not asked twice"
+                    ) from error
+                time.sleep(delay)
+                delay = min(2 * delay, 1.0)
+        if response.status_code >= 400 and response.status_code not in accept:
+            raise LabelServiceError(
+                f"labelling service at {self.url}: {method} {path} answered {response.status_code}: "
+                f"{_detail(response)}"
+            )
+        return response
+
+
+def _detail(response: httpx.Response) -> str:
+    try:
+        detail = response.json()["detail"]
+    except (ValueError, KeyError, TypeError):
+        return response.text[:1000]
+    return detail if isinstance(detail, str) else str(detail)[:1000]
+
+
+def _endpoint(endpoint: EndpointSpec | Endpoint) -> Endpoint:
+    return endpoint if isinstance(endpoint, Endpoint) else Endpoint.from_spec(endpoint)

@@ -1,0 +1,154 @@
+"""Endpoints with planted truth: teachers of chosen skill, critics of chosen accuracy and bias.
+
+They answer in the wire format of a real endpoint, so that everything after the call is the same code.
+
+A critic's verdict has the logit (towards the response shown second)
+
+    base + length_bias * (len(second) - len(first)) / max(len(first), len(second)) - position_bias
+
+`base` is `sharpness` towards the truly better response with probability `accuracy`, `sharpness` towards the other one
+otherwise, and 0 for a tie (equal quality, or with probability `tie_rate`). One draw per pair of texts decides it, in
+whatever order they are shown: without bias both orders agree, noise included. In a log-prob format the logit is the
+answer (sigmoid of it); in a text format its sign is. At logit exactly 0 a format with a word for a tie says it; one
+without names the first or the second *place*, by one draw per pair, the same in both orders: averaged over the orders
+that is a tie. Lengths are characters.
+
+Misbehaviour is drawn per attempt, in this order: failure (HTTP 500), rate limit (HTTP 429), empty (no choices),
+refusal, garbage (text that answers nothing). Only these depend on the attempt; all draws depend on the seed, the
+model's name and the content alone, never on time, order or concurrency.
+
+A teacher of the world "symbols" carries out each step of an instruction with probability `skill`. One of the world
+"planted" writes `[quality 0.731] ...`: a quality drawn around its skill, which planted critics read back. Planted
+critics otherwise read the completion's `meta.quality`.
+"""
+
+import asyncio
+import hashlib
+import math
+import random
+import re
+from functools import lru_cache
+from typing import Any
+
+from laif_jax.labeling.calls import Call, Endpoint, Truth
+from laif_jax.labeling.errors import CallError
+from laif_jax.worlds import symbols
+
+_MARK = re.compile(r"^\[quality (\d\.\d+)\]")
+_REFUSAL = "I am sorry, but I cannot help with that request."
+_GARBAGE = "zxq 8814 lorem?? --- ipsum 27"
+
+
+def _draws(*content: Any) -> list[float]:
+    """Eight uniform numbers in [0, 1), a pure function of the content."""
+    digest = hashlib.blake2b(repr(content).encode("utf-8", "surrogatepass")).digest()
+    return [int.from_bytes(digest[i : i + 8], "big") / 2**64 for i in range(0, 64, 8)]
+
+
+@lru_cache(maxsize=65536)
+def _symbols_quality(instruction: str, text: str) -> float:
+    return symbols.quality(instruction, text)
+
+
+class SimulatedProvider:
+    """See the module's text."""
+
+    free = True
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        assert endpoint.simulated is not None  # Endpoint checks it
+        self.endpoint = endpoint
+        self.spec = endpoint.simulated
+        # Without latency, calls in flight have no meaning; many at once share one commit of the store.
+        self.width = endpoint.concurrency if self.spec.latency else max(endpoint.concurrency, 256)
+
+    async def call(self, call: Call, attempt: int) -> dict[str, Any]:
+        if self.spec.latency:
+            await asyncio.sleep(self.spec.latency)
+        truth = call.truth
+        if truth is None:
+            raise CallError("bad_request", "a simulated endpoint needs to be told what the call is about")
+        spec = self.spec
+        draws = iter(_draws("attempt", spec.seed, call.key, attempt))
+        if next(draws) < spec.failure_rate:
+            raise CallError("server_error", "simulated failure (HTTP 500)", retryable=True)
+        if next(draws) < spec.rate_limit_rate:
+            raise CallError(
+                "rate_limited", "simulated rate limit (HTTP 429)", retryable=True, retry_after=0.0
+            )
+        if next(draws) < spec.empty_rate:
+            return self._wire(call, None)
+        if next(draws) < spec.refusal_rate:
+            return self._wire(call, {"role": "assistant", "content": None, "refusal": _REFUSAL})
+        if next(draws) < spec.garbage_rate:
+            return self._wire(call, {"role": "assistant", "content": _GARBAGE}, (("zxq", -0.05), ("8", -4.0)))
+        try:
+            if truth.parser is None:
+                return self._wire(call, {"role": "assistant", "content": self._complete(call, truth)})
+            answer = truth.parser.render(*self._verdict(truth))
+        except symbols.SymbolsError as error:
+            raise CallError("bad_request", f'the world "symbols" cannot read this prompt: {error}') from error
+        return self._wire(call, {"role": "assistant", "content": answer.text}, answer.top)
+
+    def _complete(self, call: Call, truth: Truth) -> str:
+        spec, seed = self.spec, (self.spec.seed, self.endpoint.model, truth.instruction, call.sample)
+        if spec.world == "symbols":
+            number = int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:8], "big")
+            return symbols.teacher_answer(truth.instruction, spec.skill, random.Random(number))
+        draws = _draws("teacher", *seed)
+        # Uniform within 0.2 of the skill, inside [0, 1].
+        quality = min(max(spec.skill + 0.4 * (draws[0] - 0.5), 0.0), 1.0)
+        return f"[quality {quality:.3f}] answer {draws[1]:.6f}"
+
+    def _quality(self, text: str, planted: float | None, instruction: str) -> float:
+        if self.spec.world == "symbols":
+            return _symbols_quality(instruction, text)
+        if planted is not None:
+            return planted
+        if mark := _MARK.match(text):
+            return float(mark.group(1))
+        raise CallError(
+            "bad_request",
+            'the world "planted" needs `meta.quality` in each completion, or a text that starts with [quality 0.5]',
+        )
+
+    def _verdict(self, truth: Truth) -> tuple[float, bool]:
+        """(logit towards the second shown, which place is named at logit 0)."""
+        spec, first, second = self.spec, truth.first or "", truth.second or ""
+        difference = self._quality(second, truth.quality[1], truth.instruction) - self._quality(
+            first, truth.quality[0], truth.instruction
+        )
+        pair = sorted((first, second))
+        right, tie, coin, *_ = _draws("verdict", spec.seed, self.endpoint.model, truth.instruction, *pair)
+        base = 0.0
+        if difference != 0 and tie >= spec.tie_rate:
+            base = math.copysign(spec.sharpness, difference if right < spec.accuracy else -difference)
+        longest = max(len(first), len(second), 1)
+        bias = spec.length_bias * (len(second) - len(first)) / longest - spec.position_bias
+        return base + bias, coin < 0.5
+
+    def _wire(
+        self, call: Call, message: dict[str, Any] | None, top: tuple[tuple[str, float], ...] = ()
+    ) -> dict[str, Any]:
+        """A chat completion as an OpenAI endpoint writes it."""
+        choices = []
+        if message is not None:
+            choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": "stop"}
+            if call.needs_logprobs and top:
+                alternatives = [{"token": token, "logprob": logprob} for token, logprob in top]
+                choice["logprobs"] = {"content": [{**alternatives[0], "top_logprobs": alternatives}]}
+            choices.append(choice)
+        written = len(((message or {}).get("content") or "").split())
+        return {
+            "object": "chat.completion",
+            "model": self.endpoint.model,
+            "system_fingerprint": self.endpoint.identity,
+            "choices": choices,
+            "usage": {
+                "prompt_tokens": sum(len(m["content"].split()) for m in call.messages),
+                "completion_tokens": written,
+            },
+        }
+
+    async def close(self) -> None:
+        return None

@@ -1,0 +1,118 @@
+"""Runs the labelling service: in this process, or as a child that ends with its parent."""
+
+import contextlib
+import logging
+import socket
+import sys
+import tempfile
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from laif_jax.labeling.api import create_app
+from laif_jax.labeling.client import LabelClient
+from laif_jax.labeling.errors import LabelServiceError
+from laif_jax.labeling.process import Child
+from laif_jax.labeling.store import Store
+
+log = logging.getLogger(__name__)
+
+
+def serve_labels(
+    host: str = "127.0.0.1",
+    port: int = 8321,
+    store: str | Path = "labels",
+    ready_file: str | Path | None = None,
+) -> None:
+    """Serves until SIGTERM or SIGINT; then stops calling, stores the answers that are under way, and ends.
+
+    Args:
+      port: 0 takes a free one.
+      ready_file: gets the service's address once it answers.
+
+    Raises:
+      StoreError: the store cannot be opened. LabelServiceError: the port is taken.
+    """
+    # httpx logs every address at INFO; a run makes thousands.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    opened = Store(store)
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        opened.close()
+        raise LabelServiceError(
+            f"cannot listen on {host}:{port} ({error.strerror}). Choose another port, or 0 for a free one"
+        ) from error
+    listener.listen(128)
+    url = f"http://{host}:{listener.getsockname()[1]}"
+
+    def announce() -> None:
+        log.info("labelling service at %s, store %s", url, opened.path)
+        if ready_file is not None:
+            path = Path(ready_file)
+            partial = path.with_name(path.name + ".part")
+            partial.write_text(url)
+            partial.replace(path)  # a reader never sees half an address
+
+    config = uvicorn.Config(
+        create_app(opened, announce), log_level="warning", access_log=False, timeout_graceful_shutdown=10
+    )
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        opened.close()
+        listener.close()
+
+
+@dataclass(frozen=True)
+class LabelService:
+    """A running service. `client()` makes a client that notices at once if the service dies."""
+
+    url: str
+    store: Path
+    process: Child
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def client(self, poll: float = 0.2) -> LabelClient:
+        return LabelClient(self.url, poll=poll, death=self.process.death)
+
+
+@contextlib.contextmanager
+def start_service(store: str | Path, *, port: int = 0, timeout: float = 60.0) -> Generator[LabelService]:
+    """A service over the folder `store`, as a child process that ends with the block, or with this process.
+
+    Its log is `service.log` in the store's folder.
+
+    Raises:
+      LabelServiceError: it did not come up; the message holds the end of its log.
+    """
+    folder = Path(store).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LabelServiceError(
+            f"store {folder}: {error.strerror}. Choose a folder that can be written"
+        ) from error
+    with tempfile.TemporaryDirectory(prefix="laif-labels-") as scratch:
+        ready = Path(scratch) / "url"
+        command = [
+            sys.executable,
+            "-m",
+            "laif_jax.labeling",
+            "serve",
+            "--store",
+            str(folder),
+            "--port",
+            str(port),
+        ]
+        command += ["--ready-file", str(ready), "--end-with-parent"]
+        with Child("labelling service", command, log_file=folder / "service.log") as child:
+            child.wait_until(ready.exists, timeout)
+            yield LabelService(ready.read_text(), folder, child)
