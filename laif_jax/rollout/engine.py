@@ -14,7 +14,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +92,7 @@ def _emit(
     out: jax.Array, state: DecodeState, settings: RowSettings, eos_ids: jax.Array, top: int | None
 ) -> DecodeState:
     """Draws a token per living row from logits `out` [B, V] float32 and records it."""
-    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(settings.keys), state.count)
+    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(jnp.asarray(settings.keys)), state.count)
     draw = sample(out, keys, settings.sampling)
     rows = jnp.arange(out.shape[0])
     column = jnp.where(state.alive, state.count, state.tokens.shape[1])  # beyond the end: dropped
@@ -158,7 +158,7 @@ def compiled(
             token=jnp.zeros((batch,), jnp.int32),
             index=lengths - 1,
             count=jnp.zeros((batch,), jnp.int32),
-            alive=settings.limit > 0,
+            alive=jnp.asarray(settings.limit) > 0,
             stopped=jnp.zeros((batch,), bool),
             tokens=jnp.zeros((batch, capacity), jnp.int32),
             logps=jnp.zeros((batch, capacity), jnp.float32),
@@ -195,7 +195,9 @@ def compiled(
             jax.jit(prefill, static_argnames="cache_length"), jax.jit(decode, donate_argnames="state")
         )
     rows, everywhere = row_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-    state = DecodeState(None, *[rows] * 10)  # the cache's sharding follows the parameters' and the rows'
+    state = DecodeState(
+        None, *cast(Any, [rows] * 10)
+    )  # the cache's sharding follows the parameters' and the rows'
     return Compiled(
         jax.jit(
             prefill,
@@ -348,11 +350,11 @@ def _unstack(params: Any, cfg: ModelConfig, dtype: Any) -> Any:
     """Weights per layer, cast once to the compute dtype, which each use would cast them to. Norms compute in float32
     from the weights as they are, here as in training, so they are left alone."""
 
-    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+    def convert(path: Any, leaf: jax.Array) -> jax.Array:
         in_norm = any(str(getattr(entry, "key", "")).endswith("norm") for entry in path)
         return leaf if in_norm else leaf.astype(dtype)
 
-    return jax.tree_util.tree_map_with_path(cast, unstack_layers(params, cfg))
+    return jax.tree_util.tree_map_with_path(convert, unstack_layers(params, cfg))
 
 
 def _outputs(state: DecodeState, rows: int) -> list[RowOutput]:

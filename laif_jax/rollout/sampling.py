@@ -20,9 +20,9 @@ from jax import lax
 class SamplingParams(NamedTuple):
     """Settings of one draw; each is a scalar or [B]. `temperature` 0 is greedy, `top_p` 1 and `top_k` 0 are off."""
 
-    temperature: jax.Array | float = 1.0
-    top_p: jax.Array | float = 1.0
-    top_k: jax.Array | int = 0
+    temperature: jax.typing.ArrayLike = 1.0
+    top_p: jax.typing.ArrayLike = 1.0
+    top_k: jax.typing.ArrayLike = 0
 
 
 class Draw(NamedTuple):

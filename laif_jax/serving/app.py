@@ -3,8 +3,7 @@
 import asyncio
 import hashlib
 import os
-import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from laif_jax.data.chat import TemplateError, TemplateName, encode_prompt
+from laif_jax.data.chat import TemplateName, encode_prompt, end_of_turn_ids
 from laif_jax.models.model import Model, load_model
 from laif_jax.rollout.engine import Engine, Row, RowOutput
 from laif_jax.serving.batcher import Batcher, ClosedError, QueueFullError, Ticket
@@ -58,8 +57,14 @@ class ChatService:
     ) -> None:
         self.name, self.fingerprint, self.template = name, fingerprint, template
         self.text = TokenText(model.tokenizer)
+        ends = dict.fromkeys((*model.cfg.eos_ids, *end_of_turn_ids(model.tokenizer, template)))
         self.engine = Engine(
-            model.params, model.cfg, dtype=dtype, pad_id=model.cfg.pad_id, max_length=max_length
+            model.params,
+            model.cfg,
+            dtype=dtype,
+            pad_id=model.cfg.pad_id,
+            eos_ids=tuple(ends),
+            max_length=max_length,
         )
         self.batcher = Batcher(self.engine, max_batch=max_batch, max_queue=max_queue, window=window)
         self._top = min(MAX_TOP_LOGPROBS, model.cfg.vocab_size)
@@ -98,9 +103,9 @@ class ChatService:
         try:
             with self.text.lock:
                 tokens = list(
-                    encode_prompt(self.text.tokenizer, messages, self.template, max_prompt_length=sys.maxsize)
+                    encode_prompt(self.text.tokenizer, messages, self.template, max_prompt_length=None)
                 )
-        except TemplateError as error:
+        except ValueError as error:  # the template refuses these messages
             raise ApiError(str(error), param="messages", code="invalid_template") from error
         if not tokens:
             raise ApiError("the messages give an empty prompt; write something", param="messages")
@@ -225,7 +230,7 @@ def create_app(
     )
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         service.batcher.start()
         yield
         await asyncio.to_thread(service.batcher.close)
