@@ -29,10 +29,16 @@ def answers(results: Mapping[str, Any], questions: Sequence[QuestionSpec]) -> di
 
     Returns:
       {"answer": all verdicts, what weakens them and the paper's finding, each said once, "answers": [{"laif", "sft",
-      "verdict", "text"}]}.
+      "verdict", "caveats", "text"}]}.
     """
     rows = [
-        {"laif": q.laif, "sft": q.sft, "verdict": verdict(results, q), "text": answer_text(results, q)}
+        {
+            "laif": q.laif,
+            "sft": q.sft,
+            "verdict": verdict(results, q),
+            "caveats": caveats(results, q),
+            "text": answer_text(results, q),
+        }
         for q in questions
     ]
     if not rows:
@@ -40,7 +46,7 @@ def answers(results: Mapping[str, Any], questions: Sequence[QuestionSpec]) -> di
             "answer": "The study asks no question (`questions` is empty); see the table of arms.",
             "answers": [],
         }
-    said = [row["verdict"] for row in rows] + [text for q in questions for text in caveats(results, q)]
+    said = [row["verdict"] for row in rows] + [text for row in rows for text in row["caveats"]]
     return {"answer": " ".join([*dict.fromkeys(said), PAPER_CONTEXT]), "answers": rows}
 
 
@@ -135,8 +141,16 @@ def _comparison(results: Mapping[str, Any], laif: str, sft: str) -> dict[str, An
 
 def _where(results: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     seeds = len(results.get("seeds") or [0])
-    judge = (results.get("judge") or {}).get("name") or "unnamed"
+    judge = judge_name(results.get("judge") or {})
     return f"{row['n']} prompts, {seeds} seed{'s' if seeds > 1 else ''}, judge: {judge}"
+
+
+def judge_name(judge: Mapping[str, Any]) -> str:
+    """What to call the judge: its `name`, or its endpoint with model and critic prompt."""
+    if judge.get("name"):
+        return str(judge["name"])
+    known = [str(judge[key]).rpartition("/")[2] for key in ("model", "critic") if judge.get(key)]
+    return f"{judge.get('endpoint') or 'unnamed'}" + (f" ({', '.join(known)})" if known else "")
 
 
 def _failure(results: Mapping[str, Any], arm: str) -> str:

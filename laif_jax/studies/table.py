@@ -11,6 +11,40 @@ from rich.table import Table
 from rich.text import Text
 
 
+COMPARISONS_SHOWN = 12  # in the terminal; the report has all
+
+
+def is_laif(name: str, arm: Mapping[str, Any]) -> bool:
+    """Whether an arm learned from AI feedback: by its `method`; without one, by its name."""
+    return arm["method"] != "none" if "method" in arm else "laif" in name.lower()
+
+
+def ranked_comparisons(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Comparisons with the study's questions first (turned so that `a` is the LAIF arm), then LAIF against SFT, then
+    the rest."""
+    asked = [(row["laif"], row["sft"]) for row in results.get("answers") or []]
+    arms = results["arms"]
+    rows = []
+    for row in results.get("comparisons") or []:
+        pair = (row["a"], row["b"])
+        turn = pair[::-1] in asked or (
+            pair not in asked and all(name in arms for name in pair) and is_laif(pair[1], arms[pair[1]])
+            and not is_laif(pair[0], arms[pair[0]])
+        )  # fmt: skip
+        rows.append(_turned(row) if turn else dict(row))
+    for row in rows:
+        row["asked"] = (row["a"], row["b"]) in asked
+        mixed = row["a"] in arms and row["b"] in arms
+        row["mixed"] = mixed and is_laif(row["a"], arms[row["a"]]) != is_laif(row["b"], arms[row["b"]])
+    place = {pair: i for i, pair in enumerate(asked)}
+    return sorted(rows, key=lambda row: (place.get((row["a"], row["b"]), len(asked)), not row["mixed"]))
+
+
+def _turned(row: Mapping[str, Any]) -> dict[str, Any]:
+    low, high = row["ci95"]
+    return {**row, "a": row["b"], "b": row["a"], "delta": -row["delta"], "ci95": [-high, -low]}
+
+
 def results_table(results: Mapping[str, Any], *, width: int = 110, color: bool = False) -> str:
     """Arms, comparisons and the answer, as text.
 
@@ -51,11 +85,14 @@ def _comparisons(results: Mapping[str, Any]) -> Table:
     table.add_column("a - b")
     for name in ("difference", "95% interval", "p", "n"):
         table.add_column(name, justify="right")
-    for row in results["comparisons"]:
+    rows = ranked_comparisons(results)
+    for row in rows[:COMPARISONS_SHOWN]:
         low, high = row["ci95"]
         interval = f"{number(low, 1, sign=True)} to {number(high, 1, sign=True)}"
         cells = [number(row["delta"], 1, sign=True), interval, number(row.get("p_value"), 3)]
         table.add_row(escape(f"{row['a']} - {row['b']}"), *cells, number(row.get("n"), 0))
+    if len(rows) > COMPARISONS_SHOWN:
+        table.caption = f"{len(rows) - COMPARISONS_SHOWN} more in the report"
     return table
 
 

@@ -1,0 +1,193 @@
+"""The study's report: one self-contained HTML page, and the same results as a table for the terminal.
+
+Nothing in the page is fetched from anywhere and nothing in it runs: no script, a content-security policy that forbids
+both, and every text (model outputs above all) escaped by the template.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jinja2
+from etils import epath
+from markupsafe import Markup
+from rich.console import Console
+
+from laif_jax.studies.answer import PAPER_CONTEXT
+from laif_jax.studies.figures import arms_figure, comparisons_figure, curves_figure
+from laif_jax.studies.table import is_laif, number, percent, ranked_comparisons, results_table
+
+FOREST_ROWS = 14  # comparisons drawn; all are in the table
+_STATES = ("ok", "tie", "unparsable", "refused", "failed")
+# What HTML cannot hold: control characters but tab and line breaks, and halves of surrogate pairs.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def write_report(
+    path: str | epath.Path,
+    results: Mapping[str, Any],
+    curves: Mapping[str, Any] | None = None,
+    samples: Sequence[Mapping[str, Any]] = (),
+) -> epath.Path:
+    """Writes the report and returns its path.
+
+    Args:
+      path: of the HTML file. results: the contents of results.json (`docs/reference/results.md`).
+      curves: {arm: {seed: training stage or list of them}}, a stage being {"stage", "step": [...], metric: [...]}.
+      samples: [{"prompt", "reference", "outputs": {arm: text}, "verdicts": {arm: probability of beating the reference,
+        or None}}].
+    """
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(results, curves or {}, samples))
+    return path
+
+
+def print_results(results: Mapping[str, Any]) -> None:
+    """Prints arms, comparisons and the answer to the terminal."""
+    console = Console(highlight=False)
+    text = results_table(results, width=max(80, console.width), color=console.is_terminal)
+    console.file.write(text)
+
+
+def render(
+    results: Mapping[str, Any], curves: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
+) -> str:
+    """The page as text; arguments as `write_report`."""
+    comparisons = ranked_comparisons(results)
+    verdicts, beside = _answers(results)
+    return _environment().get_template("report.html.jinja").render(
+        results=results,
+        verdicts=verdicts,
+        beside=beside,
+        arms=[{"name": name, "laif": is_laif(name, arm), **arm} for name, arm in results["arms"].items()],
+        has_truth=any(arm.get("true_quality") is not None for arm in results["arms"].values()),
+        comparisons=comparisons,
+        judge=results.get("judge") or {},
+        labels=[label_row(name, row) for name, row in (results.get("labels") or {}).items()],
+        stages=results.get("stages") or [],
+        stage_totals=stage_totals(results.get("stages") or []),
+        samples=samples,
+        settings=_settings(results),
+        figures={
+            "arms": Markup(arms_figure(results)),
+            "comparisons": Markup(comparisons_figure(comparisons[:FOREST_ROWS])),
+            "curves": Markup(curves_figure(curves)),
+        },
+        forest_rows=FOREST_ROWS,
+    )  # fmt: skip
+
+
+# ---- what the page shows ---------------------------------------------------------------------------------------
+
+
+def label_row(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    """One line of the labels table: counts of states, certainty, and whether order mattered (None: not measured)."""
+    states = row.get("states") or {}
+    counts = {state: int(states.get(state, row.get(state, 0)) or 0) for state in _STATES}
+    margin = row.get("mean_margin", row.get("mean_decidedness"))
+    return {
+        "name": name,
+        "n": row.get("n", row.get("comparisons", sum(counts.values()))),
+        **counts,
+        "preferences": row.get("preferences"),
+        "mean_margin": margin,
+        "swap_consistency": row.get("swap_consistency"),
+        "first_shown_wins": row.get("first_shown_wins"),
+    }
+
+
+def stage_totals(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per kind of stage: how often it ran, how it ended, seconds, tokens and dollars. A stage that several arms share
+    (same key) counts once."""
+    totals: dict[str, dict[str, Any]] = {}
+    states: dict[str, Counter[str]] = defaultdict(Counter)
+    seen: set[str] = set()
+    for stage in stages:
+        key = stage.get("key")
+        if key and key in seen:
+            continue
+        seen.add(key or "")
+        kind = str(stage.get("kind") or stage["stage"])
+        total = totals.setdefault(kind, {"kind": kind, "runs": 0, "seconds": 0.0, "tokens": 0, "cost": 0.0})
+        usage = stage.get("usage") or {}
+        total["runs"] += 1
+        total["seconds"] += stage.get("seconds") or 0.0
+        total["tokens"] += usage.get("prompt_tokens", 0) + usage.get("completion_tokens", 0)
+        total["cost"] += usage.get("cost") or stage.get("cost") or 0.0
+        states[kind][str(stage.get("status", ""))] += 1
+    for kind, total in totals.items():
+        total["states"] = ", ".join(f"{count} {state}" for state, count in states[kind].items())
+    return list(totals.values())
+
+
+def _answers(results: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What stands at the top: the verdicts, and below them, each once, what weakens them and the paper's finding."""
+    rows = results.get("answers") or []
+    if not rows or any("verdict" not in row for row in rows):
+        return ([results["answer"]] if results.get("answer") else []), []
+    said = [text for row in rows for text in row.get("caveats", [])]
+    return [row["verdict"] for row in rows], list(dict.fromkeys([*said, PAPER_CONTEXT]))
+
+
+def _settings(results: Mapping[str, Any]) -> dict[str, str]:
+    rows = {"configuration": results.get("config_path"), "scale": results.get("scale")}
+    rows["seeds"] = ", ".join(str(seed) for seed in results.get("seeds") or [])
+    judge = results.get("judge") or {}
+    rows |= {f"judge: {key}": value for key, value in judge.items() if isinstance(value, str | int | float)}
+    rows |= {f"version: {key}": value for key, value in (results.get("versions") or {}).items()}
+    return {key: str(value) for key, value in rows.items() if value not in (None, "")}
+
+
+# ---- template --------------------------------------------------------------------------------------------------
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("laif_jax.studies"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_clean,
+    )
+    filters = {"num": number, "pct": percent, "duration": duration, "verdict": verdict_name}
+    environment.filters |= {name: _absent_is_none(function) for name, function in filters.items()}
+    return environment
+
+
+def _absent_is_none(function: Callable[..., str]) -> Callable[..., str]:
+    """A filter to which a field that results.json does not have is None, as one without a value is."""
+
+    def call(value: Any, *args: Any, **options: Any) -> str:
+        return function(None if isinstance(value, jinja2.Undefined) else value, *args, **options)
+
+    return call
+
+
+def _clean(value: Any) -> Any:
+    """Replaces what HTML cannot hold by the replacement character; figures pass as they are."""
+    return (
+        _UNPRINTABLE.sub("\ufffd", value)
+        if isinstance(value, str) and not isinstance(value, Markup)
+        else value
+    )
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as `0.4 s`, `12 s`, `3 min 05 s` or `2 h 07 min`."""
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def verdict_name(p: float | None) -> str:
+    """A verdict on an output against the reference: win, tie, loss or none."""
+    if p is None or p != p:
+        return "none"
+    return "tie" if p == 0.5 else "win" if p > 0.5 else "loss"
