@@ -222,6 +222,20 @@ def test_padding_pairs_change_nothing(kind, rubbish):
     assert grads[0][3] == grads[1][3] == 0
 
 
+@kinds
+def test_a_weight_of_two_is_the_pair_twice(kind):
+    pairs = example_pairs()
+    doubled = loss(kind, pairs | {"weight": np.array([1.0, 2, 0, 0])}, sft_weight=0.5)
+    index = np.array([0, 1, 1, 3])
+    twice = loss(
+        kind,
+        {name: value[index] for name, value in pairs.items()} | {"weight": np.array([1.0, 1, 1, 0])},
+        sft_weight=0.5,
+    )
+    np.testing.assert_allclose(doubled.total, twice.total, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), doubled.metrics, twice.metrics)
+
+
 @pytest.mark.parametrize("kind", ["sigmoid", "conservative", "robust", "length_normalised"])
 def test_at_the_start_the_loss_is_log_two_and_margins_are_zero(kind):
     pairs = example_pairs()
