@@ -5,7 +5,6 @@ from typing import Any
 from etils import epath
 
 from laif_jax.evaluation.agreement import agreement_by_source, labels_from_p, read_human_labels
-from laif_jax.parallel import distributed
 from laif_jax.records import Comparison, Completion, Prompt, file_sha256, write_jsonl
 from laif_jax.stages import label
 from laif_jax.stages.artifact import Artifact, StageError, run_stage
@@ -32,8 +31,6 @@ def run(ctx: Context) -> Artifact:
     }
 
     def work(folder: epath.Path) -> dict[str, Any]:
-        if not distributed.is_main():
-            return {}
         rows = read_human_labels(path, limit=evaluation.agreement_limit, seed=ctx.config.seed)
         comparisons = [_comparison(row.prompt, row.a, row.b) for row in rows]
         judgements = label.judge(ctx, evaluation.judge, comparisons)
@@ -46,7 +43,7 @@ def run(ctx: Context) -> Artifact:
         )
         return {"by_source": [result.to_dict() for result in results]}
 
-    return run_stage("agreement", settings, {}, ctx.root, work)
+    return run_stage("agreement", settings, {}, ctx.root, work, main_only=True)
 
 
 def _comparison(instruction: str, a: str, b: str) -> Comparison:

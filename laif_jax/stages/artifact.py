@@ -64,6 +64,8 @@ def run_stage(
     inputs: Mapping[str, Artifact],
     root: epath.Path,
     work: Callable[[epath.Path], Mapping[str, Any]],
+    *,
+    main_only: bool = False,
 ) -> Artifact:
     """Runs `work(folder) -> metrics` unless its artifact is finished already.
 
@@ -73,6 +75,7 @@ def run_stage(
       kind: the stage's name, the first part of the folder's.
       settings: plain JSON; everything that changes the output must be in here.
       root: the study's folder.
+      main_only: `work` computes nothing on devices: process 0 alone calls it, and the others get its metrics.
 
     Raises:
       StageError: `work` failed; the manifest says why, and the folder keeps what was done.
@@ -103,7 +106,8 @@ def run_stage(
     start = time.monotonic()
     logger.info("%s-%s: started", kind, key)
     try:
-        manifest["metrics"] = dict(work(folder))
+        metrics = distributed.from_main(lambda: dict(work(folder))) if main_only else work(folder)
+        manifest["metrics"] = dict(metrics)
     except BaseException as error:
         manifest |= {
             "status": "failed",

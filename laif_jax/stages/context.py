@@ -9,10 +9,12 @@ from typing import Any
 import jax
 from etils import epath
 
-from laif_jax.config import EndpointSpec, StudyConfig
+from laif_jax.config import StudyConfig
+from laif_jax.labeling.calls import Endpoint
 from laif_jax.labeling.client import LabelClient
-from laif_jax.labeling.local_servers import start_checkpoint_server, start_llama_cpp
+from laif_jax.labeling.local_servers import running
 from laif_jax.labeling.service import start_service
+from laif_jax.models import fetch
 from laif_jax.parallel import distributed, mesh
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ class Services(contextlib.AbstractContextManager):
         self._config = config
         self._root = root
         self._stack = contextlib.ExitStack()
-        self._endpoints: dict[str, EndpointSpec] = {}
+        self._endpoints: dict[str, Endpoint] = {}
 
     def __exit__(self, *exception: Any) -> None:
         self._stack.close()
@@ -37,18 +39,22 @@ class Services(contextlib.AbstractContextManager):
     def client(self) -> LabelClient:
         """A client of the labelling service: the one at `labeling.url`, or one started for this study."""
         spec = self._config.labeling
-        url = spec.url
-        if url is None:
-            store = epath.Path(spec.store) if spec.store else self._root / "labels"
-            url = self._stack.enter_context(start_service(store))
-        return self._stack.enter_context(LabelClient(url, poll=spec.poll))
+        if spec.url is not None:
+            return self._stack.enter_context(LabelClient(spec.url, poll=spec.poll))
+        store = spec.store or str(self._root / "labels")
+        service = self._stack.enter_context(start_service(store))
+        return self._stack.enter_context(service.client(poll=spec.poll))
 
-    def endpoint(self, name: str) -> EndpointSpec:
-        """The endpoint as the labelling service can reach it; starts the local server that it needs, once."""
+    def endpoint(self, name: str) -> Endpoint:
+        """The endpoint as the labelling service can reach it; starts the local server that it needs, once.
+
+        A `gguf` that is a name which `laif fetch` knows is fetched first.
+        """
         if name not in self._endpoints:
             spec = self._config.endpoints[name]
-            start = {"llama_cpp": start_llama_cpp, "checkpoint": start_checkpoint_server}.get(spec.provider)
-            self._endpoints[name] = spec if start is None else self._stack.enter_context(start(spec))
+            if spec.gguf in fetch.KNOWN:
+                spec = spec.model_copy(update={"gguf": str(fetch.fetch_gguf(spec.gguf).path)})
+            self._endpoints[name] = self._stack.enter_context(running(spec))
         return self._endpoints[name]
 
 

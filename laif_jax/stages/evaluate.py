@@ -9,7 +9,6 @@ from etils import epath
 from laif_jax.evaluation.export import write_alpaca_eval
 from laif_jax.evaluation.length import longest_wins_rate, mean_length
 from laif_jax.evaluation.winrate import align, win_rate
-from laif_jax.parallel import distributed
 from laif_jax.records import Comparison, Completion, Prompt, read_jsonl, write_jsonl
 from laif_jax.stages import label, sample, teach
 from laif_jax.stages import prompts as prompts_stage
@@ -36,8 +35,6 @@ def run(ctx: Context, prompts: Artifact, samples: Artifact, references: Artifact
     inputs = {"prompts": prompts, "samples": samples, "references": references}
 
     def work(folder: epath.Path) -> dict[str, Any]:
-        if not distributed.is_main():
-            return {}
         rows = [row.prompt for row in prompts_stage.read(prompts, "eval")]
         outputs = _first_samples(sample.read(samples))
         targets = {completion.prompt_id: completion for completion in teach.read(references)}
@@ -69,7 +66,7 @@ def run(ctx: Context, prompts: Artifact, samples: Artifact, references: Artifact
             **_truth(comparisons, rows, outputs),
         }
 
-    return run_stage("evaluate", settings, inputs, ctx.root, work)
+    return run_stage("evaluate", settings, inputs, ctx.root, work, main_only=True)
 
 
 def read(artifact: Artifact) -> list[dict[str, Any]]:

@@ -8,7 +8,6 @@ from etils import epath
 
 from laif_jax.config import CriticSpec
 from laif_jax.labeling.preferences import to_preferences
-from laif_jax.parallel import distributed
 from laif_jax.records import Comparison, Completion, Judgement, Preference, Prompt, read_jsonl, write_jsonl
 from laif_jax.stages import prompts as prompts_stage
 from laif_jax.stages import sample as sample_stage
@@ -33,8 +32,6 @@ def run(
     inputs = {"prompts": prompts, "samples": samples} | ({"teacher": teacher} if teacher else {})
 
     def work(folder: epath.Path) -> dict[str, Any]:
-        if not distributed.is_main():
-            return {}
         by_id = {row.prompt.id: row.prompt for row in prompts_stage.read(prompts, "train")}
         policy = sample_stage.read(samples)
         comparisons = list(_pairs(by_id, policy, teach_stage.read(teacher) if teacher else None))
@@ -56,7 +53,7 @@ def run(
             **counts,
         }
 
-    return run_stage("label", settings, inputs, ctx.root, work)
+    return run_stage("label", settings, inputs, ctx.root, work, main_only=True)
 
 
 def read_preferences(artifact: Artifact) -> list[Preference]:

@@ -6,7 +6,6 @@ from etils import epath
 
 from laif_jax.config import PromptSource
 from laif_jax.data.sources import SourceRow, load_prompts
-from laif_jax.parallel import distributed
 from laif_jax.records import DataError, Prompt, file_sha256, read_jsonl, write_jsonl
 from laif_jax.stages.artifact import Artifact, run_stage
 from laif_jax.stages.context import Context
@@ -36,16 +35,15 @@ def run(ctx: Context) -> Artifact:
         kept = [row for row in train if row.prompt.id not in held_out]
         if not kept or not evaluation:
             raise DataError("no prompts are left: check `data.train`, `data.eval` and their limits")
-        if distributed.is_main():
-            for name, rows in (("train", kept), ("eval", evaluation)):
-                write_jsonl(folder / FILES[name], (_to_row(row) for row in rows))
+        for name, rows in (("train", kept), ("eval", evaluation)):
+            write_jsonl(folder / FILES[name], (_to_row(row) for row in rows))
         return {
             "train": len(kept),
             "eval": len(evaluation),
             "dropped_because_in_eval": len(train) - len(kept),
         }
 
-    return run_stage("prompts", settings, {}, ctx.root, work)
+    return run_stage("prompts", settings, {}, ctx.root, work, main_only=True)
 
 
 def read(artifact: Artifact, split: str) -> list[SourceRow]:

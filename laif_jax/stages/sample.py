@@ -67,7 +67,7 @@ def run(
             Completion(
                 prompt_id=rows[sample.prompt_index].prompt.id,
                 generator=generator,
-                text=loaded.tokenizer.decode(sample.tokens, skip_special_tokens=True).strip(),
+                text=str(loaded.tokenizer.decode(sample.tokens, skip_special_tokens=True)).strip(),
                 finish_reason=sample.finish_reason,
                 sample_index=sample.sample_index,
                 usage=Usage(

@@ -7,7 +7,6 @@ from etils import epath
 
 from laif_jax.config import TeacherSpec
 from laif_jax.data.sources import SourceRow
-from laif_jax.parallel import distributed
 from laif_jax.records import Completion, DataError, read_jsonl, write_jsonl
 from laif_jax.stages import prompts as prompts_stage
 from laif_jax.stages.artifact import Artifact, StageError, run_stage
@@ -35,8 +34,6 @@ def run(
 
     def work(folder: epath.Path) -> dict[str, Any]:
         rows = prompts_stage.read(prompts, split)[start:stop]
-        if not distributed.is_main():
-            return {}
         completions, counts = (
             _from_data(rows, spec) if spec.completions else _from_service(ctx, rows, teacher)
         )
@@ -51,7 +48,7 @@ def run(
         usage = usage_of(completions)
         return {"completions": len(completions), "asked": len(rows), "usage": usage, **counts}
 
-    return run_stage("teach", settings, {"prompts": prompts}, ctx.root, work)
+    return run_stage("teach", settings, {"prompts": prompts}, ctx.root, work, main_only=True)
 
 
 def read(artifact: Artifact) -> list[Completion]:

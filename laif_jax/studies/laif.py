@@ -15,6 +15,8 @@ from laif_jax.stages.context import Context
 from laif_jax.stages.split import sft_count
 from laif_jax.studies.graph import Node
 
+Run = Callable[[Mapping[str, Artifact]], Artifact]
+
 
 @dataclasses.dataclass(frozen=True)
 class Replicate:
@@ -54,9 +56,7 @@ class _Builder:
 
     # ---- shared nodes ------------------------------------------------------------------------------------------
 
-    def _node(
-        self, name: str, run: Callable[[Mapping[str, Artifact]], Artifact], arm: str = "", **inputs: Node
-    ) -> Node:
+    def _node(self, name: str, run: Run, *, arm: str = "", **inputs: Node) -> Node:
         return Node(name=name, run=run, inputs=inputs, arm=arm, seed=self.ctx.seed)
 
     @functools.cached_property
@@ -156,12 +156,11 @@ class _Builder:
         against_teacher = pairs == "policy_vs_teacher"
         samples = self._policy_samples(teacher, share, 1 if against_teacher else 2)
         inputs = {"prompts": self.prompts, "samples": samples}
-        if against_teacher:
-            inputs["teacher"] = self._teacher(teacher)
-        return self._node(
-            f"labels by {critic}, {pairs.replace('_', ' ')}, sft {teacher} {share:.0%}",
-            lambda i: label.run(self.ctx, i["prompts"], i["samples"], i.get("teacher"), critic=critic),
-            **inputs,
+        return Node(
+            name=f"labels by {critic}, {pairs.replace('_', ' ')}, sft {teacher} {share:.0%}",
+            run=lambda i: label.run(self.ctx, i["prompts"], i["samples"], i.get("teacher"), critic=critic),
+            inputs=inputs | ({"teacher": self._teacher(teacher)} if against_teacher else {}),
+            seed=self.ctx.seed,
         )
 
     def _evaluation(self, model: Node, name: str) -> Node:

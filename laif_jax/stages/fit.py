@@ -1,0 +1,135 @@
+"""What the training stages share: a model into a train state, the loop, and the trained model out to a folder."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from laif_jax.config import TrainSpec
+from laif_jax.data.pipeline import Batches
+from laif_jax.models.lora import add_lora, trainable_mask
+from laif_jax.models.model import Model, load_model, save_model
+from laif_jax.models.specs import param_specs
+from laif_jax.parallel.mesh import row_shard
+from laif_jax.parallel.rules import param_shardings
+from laif_jax.stages.context import Context
+from laif_jax.training.loop import train
+from laif_jax.training.optim import make_optimizer, optimizer_hyper
+from laif_jax.training.reference import reference_logps
+from laif_jax.training.state import TrainState, create_state
+
+MODEL = "model"
+
+
+def load(ctx: Context, folder: epath.Path) -> Model:
+    """The model that training starts from: float32 weights on the study's mesh, with fresh adapters if asked for."""
+    spec = ctx.config.model
+    tokenizer = spec.tokenizer if spec.source != "scratch" else None
+    model = load_model(str(folder), dtype=jnp.float32, mesh=ctx.mesh, tokenizer=tokenizer)
+    if spec.lora is None:
+        return model
+    cfg = dataclasses.replace(model.cfg, lora=spec.lora)
+    return Model(cfg, add_lora(model.params, cfg, jax.random.key(ctx.seed)), model.tokenizer)
+
+
+def batch_options(ctx: Context, spec: TrainSpec, model: Model) -> dict[str, Any]:
+    """The arguments that `sft_batches` and `preference_batches` share."""
+    pad = model.tokenizer.pad_token_id
+    index, count = row_shard(ctx.mesh)
+    return {
+        "batch_size": spec.batch_size,
+        "micro_batch": spec.micro_batch,
+        "max_length": spec.max_length,
+        # Any id serves: masks come from lengths.
+        "pad_id": pad if pad is not None else (model.cfg.eos_ids or (0,))[0],
+        "packing": spec.packing,
+        "seed": ctx.seed,
+        "epochs": spec.epochs,
+        "steps": spec.steps,
+        "row_multiple": ctx.mesh.shape["data"] * ctx.mesh.shape["fsdp"],
+        "process_index": index,
+        "process_count": count,
+    }
+
+
+def fit(
+    ctx: Context,
+    folder: epath.Path,
+    title: str,
+    model: Model,
+    make_task: Callable[..., Any],
+    spec: TrainSpec,
+    batches: Batches,
+    *,
+    pairs: int | None = None,
+) -> dict[str, Any]:
+    """Trains `model` in `folder/train` and writes the result to `folder/model`, adapters merged.
+
+    Args:
+      make_task: `sft_task` or `preference_task`. pairs: of a preference data set: its number of pairs; their reference
+        log-probs are then computed once, by the model as it starts, and kept in `folder/reference-*.npz`.
+
+    Returns:
+      The stage's metrics: those of the last logged step, how many steps, and what happened to the examples.
+    """
+    options = ctx.config.model
+    more = {} if pairs is None else {"max_segments": batches.layout.max_segments}
+    task = make_task(
+        model.cfg, spec, dtype=options.dtype, remat=options.remat, chunk=options.logprob_chunk, **more
+    )
+    optimizer = make_optimizer(spec.optimizer)
+    state = _state(ctx, model, optimizer)
+    reference = None
+    if pairs is not None and task.has_reference:
+        reference, state = reference_logps(
+            task,
+            state,
+            optimizer,
+            batches,
+            pairs,
+            mesh=ctx.mesh,
+            hyper=optimizer_hyper(spec.optimizer) | dict(task.numbers),
+            cache_dir=folder,
+            steps=batches.total_steps,
+        )
+    result = train(
+        task,
+        batches,
+        state,
+        spec,
+        folder / "train",
+        mesh=ctx.mesh,
+        optimizer=optimizer,
+        reference=reference,
+        title=title,
+    )
+    trained = Model(model.cfg, result.state.params, model.tokenizer)
+    save_model(folder / MODEL, trained, dtype=jnp.dtype(options.save_dtype))
+    last = {name: value for name, value in result.history[-1].items() if name not in ("step", "epoch")}
+    speeds = [
+        row["perf/tokens_per_second_per_device"]
+        for row in result.history
+        if "perf/tokens_per_second_per_device" in row
+    ]
+    return {
+        "steps": batches.total_steps,
+        "last": last,
+        "tokens_per_second_per_device": sorted(speeds)[len(speeds) // 2] if speeds else None,
+        "examples": dataclasses.asdict(batches.report),
+    }
+
+
+def _state(ctx: Context, model: Model, optimizer: Any) -> TrainState:
+    lora = model.cfg.lora is not None
+    return create_state(
+        model.params,
+        optimizer,
+        mesh=ctx.mesh,
+        shardings=param_shardings(param_specs(model.cfg), ctx.mesh),
+        trainable=trainable_mask(model.params, model.cfg) if lora else None,
+        frozen_dtype=jnp.dtype(ctx.config.model.dtype) if lora else None,
+        donate=True,
+    )
