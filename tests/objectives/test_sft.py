@@ -144,6 +144,11 @@ def test_metrics_carry_no_gradient():
     assert not jax.grad(lambda x: weighted(x, mask)[0])(jnp.ones((1, 3))).any()
 
 
+def test_weighted_ignores_what_has_no_weight():
+    total, weight = weighted(jnp.array([1.0, jnp.nan, 3.0]), jnp.array([1.0, 0.0, 2.0]))
+    assert (total, weight) == (7.0, 3.0)
+
+
 def test_an_unknown_reduction_is_named():
     with pytest.raises(ValueError, match="unknown reduction `mean`"):
         sft_loss(jnp.zeros((1, 2)), jnp.ones((1, 2)), jnp.ones((1, 2), jnp.int32), reduction="mean")
