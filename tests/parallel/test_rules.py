@@ -178,7 +178,7 @@ def test_constrain_is_nothing_inside_shard_map():
     mesh = mesh_of(2, 4, 1)
     rows = P(("data", "fsdp"))
     f = jax.shard_map(lambda x: constrain(x, "batch", "embed") + 1, mesh=mesh, in_specs=rows, out_specs=rows)
-    np.testing.assert_array_equal(jax.jit(f)(np.zeros((8, 4))), np.ones((8, 4)))
+    np.testing.assert_array_equal(jax.jit(f)(np.zeros((64, 4))), np.ones((64, 4)))  # 8 rows on each device
 
 
 @BOTH
