@@ -38,7 +38,7 @@ class Format(Protocol):
     """A template bound to a tokenizer.
 
     Attributes:
-      end_id: the token that ends an assistant turn. bos_id: the tokenizer's, or None.
+      end_id: the token that ends an assistant turn. bos_id: what the template writes before everything else, or None.
       header: tokens that the template writes between the last message and the answer.
     """
 
@@ -154,7 +154,6 @@ class ModelTemplate:
             )
         special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = re.compile("|".join(map(re.escape, special))) if special else None
-        self.bos_id = tokenizer.bos_token_id
         self._ids = functools.lru_cache(maxsize=64)(
             lambda text: tuple(self._tokenise(text))
         )  # a pair's sides share a prompt
@@ -178,6 +177,9 @@ class ModelTemplate:
         self._append = [] if end else [_eos(self._tokenizer)]
         self.end_id = self._tokenise(end.group())[-1] if end else self._append[0]
         self.header = len(self._tokenise(prompt[len(bare) :] if prompt.startswith(bare) else ""))
+        # SmolLM2 names <|im_start|>, which opens every turn, as its BOS: that is no mark of the beginning.
+        bos = self._tokenizer.bos_token_id
+        self.bos_id = bos if self._tokenise(prompt).count(bos) == 1 else None
         for answer in ("x", "Yes"):
             text = self._answered(context, answer, self._end_text)
             if self._tokenise(text)[: len(self._tokenise(prompt))] != self._tokenise(prompt):
