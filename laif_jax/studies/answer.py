@@ -46,7 +46,9 @@ def answers(results: Mapping[str, Any], questions: Sequence[QuestionSpec]) -> di
             "answer": "The study asks no question (`questions` is empty); see the table of arms.",
             "answers": [],
         }
-    said = [row["verdict"] for row in rows] + [text for row in rows for text in row["caveats"]]
+    said = [verdict(results, q) for q in questions] + [
+        text for q in questions for text in caveats(results, q)
+    ]
     return {"answer": " ".join([*dict.fromkeys(said), PAPER_CONTEXT]), "answers": rows}
 
 
@@ -156,5 +158,6 @@ def judge_name(judge: Mapping[str, Any]) -> str:
 def _failure(results: Mapping[str, Any], arm: str) -> str:
     for stage in results.get("stages") or []:
         if stage.get("arm") in (arm, None) and stage.get("status") == "failed":
-            return f" Its stage {stage['stage']} failed: {stage.get('error') or 'see its log'}."
+            reason = str(stage.get("error") or "see its log").rstrip(".")
+            return f" Its stage {stage['stage']} failed: {reason}."
     return ""

@@ -80,7 +80,7 @@ def arms_figure(results: Mapping[str, Any]) -> str:
                 textcoords="offset points", ha="center", va="bottom", color=FG, fontweight="bold",
             )  # fmt: skip
         axes.axhline(50, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
-        axes.set_xticks(x, [_wrap(name, 15) for name in order])
+        axes.set_xticks(x, [_wrap(_short(name, 60), 15) for name in order])
         axes.tick_params(axis="x", length=0)
         axes.grid(visible=False, axis="x")
         ceiling = max([50.0, *(h + e for h, e in zip(heights, errors)), *top.values()])
@@ -133,7 +133,7 @@ def comparisons_figure(rows: Sequence[Mapping[str, Any]]) -> str:
                 row["delta"], y, "o", color=FG if decided else PAGE, markeredgecolor=FG if decided else MUTED
             )
         axes.axvline(0, color=FG, linewidth=1)
-        axes.set_yticks(range(len(rows)), [f"{row['a']} − {row['b']}" for row in rows])
+        axes.set_yticks(range(len(rows)), [f"{_short(row['a'])} − {_short(row['b'])}" for row in rows])
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
         axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -188,9 +188,8 @@ def curves_figure(curves: Mapping[str, Any]) -> str:
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
         names = [name for name in arms if name in drawn]
-        legend = figure.legend(
-            [drawn[name] for name in names], names, loc="outside upper left", ncols=min(3, len(names))
-        )
+        handles, labels = [drawn[name] for name in names], [_short(name) for name in names]
+        legend = figure.legend(handles, labels, loc="outside upper left", ncols=min(3, len(names)))
         for handle in legend.get_lines():
             handle.set(linewidth=3, alpha=1)
         return _svg(figure, "curves", "Training curves per arm")
@@ -249,6 +248,11 @@ def _svg(figure: Figure, name: str, label: str) -> str:
         'xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
     return head + text[text.index(">") + 1 :]
+
+
+def _short(name: str, width: int = 32) -> str:
+    """A name of at most `width` characters."""
+    return name if len(name) <= width else name[: width - 1] + "…"
 
 
 def _wrap(name: str, width: int) -> str:

@@ -4,7 +4,6 @@ Nothing in the page is fetched from anywhere and nothing in it runs: no script, 
 both, and every text (model outputs above all) escaped by the template.
 """
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,12 +15,10 @@ from rich.console import Console
 
 from laif_jax.studies.answer import PAPER_CONTEXT
 from laif_jax.studies.figures import arms_figure, comparisons_figure, curves_figure
-from laif_jax.studies.table import is_laif, number, percent, ranked_comparisons, results_table
+from laif_jax.studies.table import is_laif, number, percent, printable, ranked_comparisons, results_table
 
 FOREST_ROWS = 14  # comparisons drawn; all are in the table
 _STATES = ("ok", "tie", "unparsable", "refused", "failed")
-# What HTML cannot hold: control characters but tab and line breaks, and halves of surrogate pairs.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def write_report(
@@ -55,6 +52,7 @@ def render(
     results: Mapping[str, Any], curves: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
 ) -> str:
     """The page as text; arguments as `write_report`."""
+    results, curves, samples = printable(results), printable(curves), printable(samples)
     comparisons = ranked_comparisons(results)
     verdicts, beside = _answers(results)
     return _environment().get_template("report.html.jinja").render(
@@ -84,17 +82,13 @@ def render(
 
 def label_row(name: str, row: Mapping[str, Any]) -> dict[str, Any]:
     """One line of the labels table: counts of states, certainty, and whether order mattered (None: not measured)."""
-    states = row.get("states") or {}
-    counts = {state: int(states.get(state, row.get(state, 0)) or 0) for state in _STATES}
-    margin = row.get("mean_margin", row.get("mean_decidedness"))
+    counts = {state: int(row.get(state) or 0) for state in _STATES}
+    others = ("preferences", "mean_margin", "swap_consistency", "first_shown_wins")
     return {
         "name": name,
-        "n": row.get("n", row.get("comparisons", sum(counts.values()))),
+        "n": row.get("n", sum(counts.values())),
         **counts,
-        "preferences": row.get("preferences"),
-        "mean_margin": margin,
-        "swap_consistency": row.get("swap_consistency"),
-        "first_shown_wins": row.get("first_shown_wins"),
+        **{key: row.get(key) for key in others},
     }
 
 
@@ -149,7 +143,6 @@ def _environment() -> jinja2.Environment:
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_clean,
     )
     filters = {"num": number, "pct": percent, "duration": duration, "verdict": verdict_name}
     environment.filters |= {name: _absent_is_none(function) for name, function in filters.items()}
@@ -163,15 +156,6 @@ def _absent_is_none(function: Callable[..., str]) -> Callable[..., str]:
         return function(None if isinstance(value, jinja2.Undefined) else value, *args, **options)
 
     return call
-
-
-def _clean(value: Any) -> Any:
-    """Replaces what HTML cannot hold by the replacement character; figures pass as they are."""
-    return (
-        _UNPRINTABLE.sub("\ufffd", value)
-        if isinstance(value, str) and not isinstance(value, Markup)
-        else value
-    )
 
 
 def duration(seconds: float | None) -> str:

@@ -1,6 +1,7 @@
 """The results as a table for the terminal."""
 
 import io
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +11,18 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-
+# Control characters but tab and line break (escape sequences are made of them), and halves of surrogate pairs.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 COMPARISONS_SHOWN = 12  # in the terminal; the report has all
+
+
+def printable(value: Any) -> Any:
+    """The same structure with every character that neither HTML nor a terminal can take, in any text, replaced."""
+    if isinstance(value, str):
+        return _UNPRINTABLE.sub("\ufffd", value)
+    if isinstance(value, Mapping):
+        return {printable(key): printable(item) for key, item in value.items()}
+    return [printable(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def is_laif(name: str, arm: Mapping[str, Any]) -> bool:
@@ -51,6 +62,7 @@ def results_table(results: Mapping[str, Any], *, width: int = 110, color: bool =
     Args:
       results: the contents of results.json. width: columns of the terminal. color: ANSI colours.
     """
+    results = printable(results)
     buffer = io.StringIO()
     console = Console(file=buffer, width=width, force_terminal=color, no_color=not color, highlight=False)
     parts: list[Any] = [_arms(results)]

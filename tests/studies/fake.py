@@ -75,8 +75,7 @@ def fake_results(seeds: int = 3, prompts: int = 200) -> dict[str, Any]:
         ],
         "labels": {
             "laif-weak-strong": {
-                "seed": 0, "comparisons": 360, "preferences": 341, "states": {"ok": 330, "tie": 12, "failed": 18},
-                "mean_decidedness": 0.41,
+                "seed": 0, "n": 360, "preferences": 341, "ok": 330, "tie": 12, "failed": 18, "mean_margin": 0.41,
             },
             "laif-strong-strong": {
                 "n": 360, "ok": 350, "tie": 10, "mean_margin": 0.43, "swap_consistency": 0.91,
