@@ -44,7 +44,8 @@ class Endpoint(BaseModel):
       api_key_env: the name of an environment variable *of the service*; the key itself is never sent or stored.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # An address that is refused may hold a secret: errors do not quote it.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     provider: Literal["openai", "simulated"]
     model: str = "default"
