@@ -66,7 +66,9 @@ def arms_figure(results: Mapping[str, Any]) -> str:
     gap = 0.6 if all(groups) else 0.0  # between the two groups
     x = np.array([i + gap * (name in groups[1]) for i, name in enumerate(order)])
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(max(5.0, min(12.0, 1.5 + 1.25 * len(order))), 4.2), layout="constrained")
+        width = max(5.0, min(12.0, 1.5 + 1.25 * len(order)))
+        room = int(12 * (width - 1) / (len(order) + gap))  # characters under a bar, at about 12 an inch
+        figure = Figure(figsize=(width, 4.2), layout="constrained")
         axes = figure.subplots()
         heights = [arms[name]["win_rate"] for name in order]
         errors = [arms[name].get("standard_error") or 0.0 for name in order]
@@ -80,7 +82,7 @@ def arms_figure(results: Mapping[str, Any]) -> str:
                 textcoords="offset points", ha="center", va="bottom", color=FG, fontweight="bold",
             )  # fmt: skip
         axes.axhline(50, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
-        axes.set_xticks(x, [_wrap(_short(name, 60), 15) for name in order])
+        axes.set_xticks(x, [_wrap(_short(name, 60), room) for name in order])
         axes.tick_params(axis="x", length=0)
         axes.grid(visible=False, axis="x")
         ceiling = max([50.0, *(h + e for h, e in zip(heights, errors)), *top.values()])
@@ -256,9 +258,9 @@ def _short(name: str, width: int = 32) -> str:
 
 
 def _wrap(name: str, width: int) -> str:
-    """Breaks a name over lines of at most `width` characters where it has a space, `-`, `_`, `/`, `.` or `+`."""
+    """Breaks a name over lines of at most `width` characters, after a space, `-`, `_`, `/` or `+` where it can."""
     lines = [""]
-    for part in re.findall(r"[^-_/.+ ]*[-_/.+ ]?", name):
+    for part in re.findall(rf"[^-_/+ ]{{0,{max(1, width - 1)}}}[-_/+ ]?", name):
         if lines[-1] and len(lines[-1]) + len(part) > width:
             lines.append("")
         lines[-1] += part

@@ -225,6 +225,13 @@ def test_curves_leave_out_what_is_not_a_number_and_thin_long_ones():
     assert figures.curves_figure({"arm": {"0": {"stage": "sft", "step": [], "loss": []}}}) == ""
 
 
+@pytest.mark.parametrize("name", ["laif-weak-strong-gpt-3.5", "x" * 40, "a b", "-", "one_two/three+four"])
+def test_names_are_wrapped_not_changed(name):
+    lines = figures._wrap(name, 10).split("\n")
+    assert all(len(line) <= 10 for line in lines)
+    assert "".join(lines).replace(" ", "") == name.replace(" ", "")
+
+
 def test_figures_are_deterministic():
     assert figures.arms_figure(fake_results()) == figures.arms_figure(fake_results())
 
