@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from laif_jax.models import decoder, names
+from laif_jax.models import decoder, fetch, names
 from laif_jax.models.arch import UnsupportedModelError
 from laif_jax.models.gguf import GGUFFile, load_gguf
 from laif_jax.models.model import Model, load_model, save_model
@@ -286,11 +286,10 @@ def test_rope_divisors_that_no_setting_explains(tmp_path):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    path = os.environ.get("LAIF_SMOLLM2_GGUF")
-    if not path:
-        pytest.skip(
-            "LAIF_SMOLLM2_GGUF does not name SmolLM2-135M-Instruct.Q4_1.gguf (get it: laif fetch smollm2-135m)"
-        )
+    known = fetch.KNOWN["smollm2-135m"]
+    path = Path(os.environ.get(known.variable) or fetch.cache_dir() / known.filename)
+    if not path.exists():
+        pytest.skip(f"no {path}: run `laif fetch smollm2-135m`, or name the file in {known.variable}")
     return GGUFFile(path)
 
 

@@ -68,9 +68,11 @@ def test_adapters_are_merged_on_export(tmp_path):
         states.hf_config("llama", vocab_size=base.cfg.vocab_size),
         lora=LoraSpec(rank=2, targets=("q", "down")),
     )
-    params = lora.add_lora(base.params, cfg, jax.random.key(0))
-    flat = names.flatten(params)
-    flat = {p: jnp.ones_like(x) if p[-1] == "lora_b" else x for p, x in flat.items()}  # zeros at first
+    random = np.random.RandomState(0)
+    flat = names.flatten(base.params)
+    for path, spec in names.flatten(param_specs(cfg)).items():
+        if path[-1].startswith("lora"):
+            flat[path] = jnp.asarray(random.standard_normal(spec.shape), jnp.float32)
     save_model(tmp_path, Model(cfg, names.unflatten(flat), base.tokenizer))
     got = names.flatten(load_model(str(tmp_path)).params)
     want = names.flatten(lora.merge_lora(names.unflatten(flat), cfg))
