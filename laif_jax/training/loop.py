@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from laif_jax.config.schema import TrainSpec
 from laif_jax.parallel import batch_shardings
-from laif_jax.training.checkpoint import Checkpointer
+from laif_jax.training.checkpoint import Checkpointer, CheckpointError
 from laif_jax.training.feed import (
     Batches,
     EmptyBatchError,
@@ -107,9 +107,11 @@ def train(
         state, resumed = run.resume(state)
         with open_progress(title, int(total), resumed, enabled=progress) as run.progress:
             state = run.steps(state, resumed, callback, callback_every)
-        run.checkpoints.close()
-    finally:
-        run.writer.close()
+    except BaseException:
+        run.abandon()
+        raise
+    run.checkpoints.close()
+    run.writer.close()
     return TrainResult(state, run.history, resumed)
 
 
@@ -158,6 +160,14 @@ class _Run:
         self.history = self.writer.resume(step)
         self.flops = flops_per_token(state.trainable, state.frozen)
         return state, step
+
+    def abandon(self) -> None:
+        """Something went wrong: finishes what is being written, without hiding the reason."""
+        self.writer.close()
+        try:
+            self.checkpoints.close()
+        except CheckpointError as error:
+            log.warning("%s: %s", self.title, error)
 
     # ---- steps ----
 

@@ -15,7 +15,6 @@ from laif_jax.models.heads import token_logps, token_stats
 from laif_jax.objectives import LossOut, preference_loss, segment_sums, sft_loss
 from laif_jax.parallel import constrain
 
-
 Remat = Literal["none", "full", "dots"]
 Reduction = Literal["token", "sequence"]
 

@@ -55,3 +55,32 @@ def batch_shardings(b: dict, m: Mesh) -> dict[str, NamedSharding]:
 
 
 HYPER = {"learning_rate": np.float32(0.01), "weight_decay": np.float32(0.0), "clip_norm": np.float32(1.0)}
+
+
+class Batches:
+    """A checkpointable iterator over `total` batches, each a function of its step; `spoil` maps a step to a change."""
+
+    def __init__(self, total: int, rows: int = 8, spoil: dict | None = None):
+        self.next_step = 0
+        self.total_steps = total
+        self.rows = rows
+        self.spoil = spoil or {}
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.next_step == self.total_steps:
+            raise StopIteration
+        self.next_step += 1
+        made = batch(self.next_step, self.rows)
+        made["example_index"] = np.arange(self.rows)[None] + 100 * self.next_step
+        if self.next_step in self.spoil:
+            self.spoil[self.next_step](made)
+        return made
+
+    def get_state(self):
+        return {"next": self.next_step}
+
+    def set_state(self, state):
+        self.next_step = state["next"]
