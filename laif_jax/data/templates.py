@@ -180,7 +180,7 @@ class ModelTemplate:
         # SmolLM2 names <|im_start|>, which opens every turn, as its BOS: that is no mark of the beginning.
         bos = self._tokenizer.bos_token_id
         self.bos_id = bos if self._tokenise(prompt).count(bos) == 1 else None
-        for answer in ("x", "Yes"):
+        for answer in ("x", "Yes", "I", "The", "you"):
             text = self._answered(context, answer, self._end_text)
             if self._tokenise(text)[: len(self._tokenise(prompt))] != self._tokenise(prompt):
                 raise TemplateError(
