@@ -263,7 +263,9 @@ class Engine:
         self.dtype = jnp.dtype(dtype)
         self.mesh = mesh_of(params) if mesh is None else mesh
         self.pad_id = pad_id or 0  # any token will do: padding is masked by length
-        self.eos_ids = np.asarray(cfg.eos_ids if eos_ids is None else eos_ids, np.int32).reshape(-1)
+        ends = list(cfg.eos_ids if eos_ids is None else eos_ids)
+        # Padded with an id that no token has, so that models and templates with few ends share a compiled shape.
+        self.eos_ids = np.asarray(ends + [-1] * (-len(ends) % 8 or 8 * (not ends)), np.int32)
         self.max_length = min(max_length or cfg.max_position, cfg.max_position)
         self.params = _unstack(params, cfg, self.dtype)
         self._key_width = jax.random.key_data(jax.random.key(0)).shape[-1]

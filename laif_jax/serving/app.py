@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from laif_jax.data.chat import TemplateName, encode_prompt, end_of_turn_ids
 from laif_jax.models.model import Model, load_model
 from laif_jax.rollout.engine import Engine, Row, RowOutput
-from laif_jax.serving.batcher import Batcher, ClosedError, QueueFullError, Ticket
+from laif_jax.serving.batcher import Batcher, ClosedError, DecodingError, QueueFullError, Ticket
 from laif_jax.serving.protocol import (
     MAX_TOP_LOGPROBS,
     ApiError,
@@ -92,8 +92,8 @@ class ChatService:
             outputs = await asyncio.gather(*(asyncio.wrap_future(future) for future in futures))
         except ClosedError as error:
             raise ApiError(str(error), status=503, kind="server_error", code="shutting_down") from error
-        except FloatingPointError as error:
-            raise ApiError(str(error), status=500, kind="server_error", code="model_broken") from error
+        except DecodingError as error:
+            raise ApiError(str(error), status=500, kind="server_error", code="decoding_failed") from error
         return self._response(request, prompt, outputs)
 
     # ---- in ----------------------------------------------------------------------------------------------------
@@ -135,9 +135,8 @@ class ChatService:
             )
             for i in range(n)
         ]
-        top = None
-        if request.logprobs:
-            top = self._top if request.top_logprobs else 0
+        # One compiled variant for all that want log-probs: the 20 best cost little beside a decode step.
+        top = self._top if request.logprobs else None
         return [Ticket(row, top, self._halt(request.stops)) for row in rows]
 
     def _halt(self, stops: Sequence[str]) -> Callable[[RowOutput], bool] | None:
@@ -176,12 +175,16 @@ class ChatService:
             return None
         entries = []
         for position, token in enumerate(answer.tokens):
-            best: list[dict[str, Any]] = []
-            if request.top_logprobs and output.top_ids is not None and output.top_values is not None:
-                ids, values = output.top_ids[position], output.top_values[position]
-                best = [self._entry(int(i), float(v)) for i, v in zip(ids, values, strict=True)]
-            entry = self._entry(token, output.raw_logps[position])
-            entries.append({**entry, "top_logprobs": best[: request.top_logprobs or 0]})
+            logp, best = output.raw_logps[position], []
+            if output.top_ids is not None and output.top_values is not None:
+                pairs = zip(
+                    output.top_ids[position].tolist(), output.top_values[position].tolist(), strict=True
+                )
+                best = list(pairs)[: request.top_logprobs or 0]
+                # To the last bit the same number in both places: clients merge equal entries.
+                logp = dict(best).get(token, logp)
+            entry = self._entry(token, logp)
+            entries.append({**entry, "top_logprobs": [self._entry(i, value) for i, value in best]})
         return entries
 
     def _entry(self, token: int, logp: float) -> dict[str, Any]:
@@ -277,6 +280,8 @@ def _add_errors(app: FastAPI) -> None:
         message = str(first["msg"]).removeprefix("Value error, ")
         if first["type"] == "json_invalid":
             place, message = "", f"the body is not valid JSON ({message})"
+        elif first["type"] == "model_attributes_type":
+            message = "the body must be a JSON object, sent with the header content-type: application/json"
         elif not place:
             place = message.split(":")[0] if ":" in message else ""
         else:

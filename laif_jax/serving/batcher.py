@@ -29,6 +29,10 @@ class ClosedError(Exception):
     """The worker is shutting down."""
 
 
+class DecodingError(Exception):
+    """A batch failed; the message has the cause."""
+
+
 @dataclass(frozen=True)
 class Ticket:
     """A row that waits. `halt` looks at what was drawn so far and says whether to stop (for stop strings)."""
@@ -157,7 +161,9 @@ class Batcher:
         except Exception as error:
             log.exception("a batch of %d rows failed", len(tickets))
             for ticket in tickets:
-                ticket.future.set_exception(error)
+                failure = DecodingError(f"decoding failed: {type(error).__name__}: {error}")
+                failure.__cause__ = error
+                ticket.future.set_exception(failure)
             return
         self.batches += 1
         for ticket, output in zip(tickets, outputs, strict=True):

@@ -45,7 +45,7 @@ def full_logits(tokens: list[int]) -> np.ndarray:
 def test_logps_equal_the_trainers(temperature):
     """Of all drawn tokens, the EOS included, through the trainer's forward pass and chunked head."""
     cfg, params = tiny()
-    rows = prompts(9)
+    rows = prompts(9, longest=30)
     samples = run(rows, spec(temperature=temperature, samples=2))
     assert {s.finish_reason for s in samples} == {"stop", "length"}
     difference = logp_difference(params, cfg, rows, samples, temperature=temperature, chunk=16)
@@ -76,14 +76,14 @@ def test_greedy_equals_a_loop_over_the_full_forward_pass():
             tokens.append(expected)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(
-    chosen=st.lists(st.integers(0, 11), min_size=1, max_size=7, unique=True),
-    batch_size=st.sampled_from([1, 3, 4, 8]),
+    chosen=st.lists(st.integers(0, 11), min_size=2, max_size=7, unique=True),
+    batch_size=st.sampled_from([2, 4]),
 )
 def test_a_prompt_ignores_its_batch(chosen, batch_size):
     """Any subset, order and batch size gives the same samples for a prompt that keeps its index."""
-    rows = prompts(12, seed=5)
+    rows = prompts(12, longest=30, seed=5)
     everything = run(rows, spec(samples=2, temperature=0.9, top_p=0.95))
     some = run(
         [rows[i] for i in chosen],
@@ -116,13 +116,13 @@ def test_a_seed_repeats_and_another_one_differs():
 
 def test_finish_reasons_and_what_they_leave():
     rows = prompts(16)
-    for sample in run(rows, spec(max_new_tokens=8)):
+    for sample in run(rows):
         stopped = sample.finish_reason == "stop"
         assert len(sample.logps) == len(sample.tokens) + stopped
-        assert len(sample.tokens) == 8 if not stopped else len(sample.tokens) < 8
+        assert len(sample.tokens) == 12 if not stopped else len(sample.tokens) < 12
         assert EOS not in sample.tokens
         assert sample.eos == (EOS if stopped else None)
-    everything_ends = run(rows, eos_ids=range(VOCAB))
+    everything_ends = run(rows[:4], eos_ids=range(VOCAB))
     assert {(len(s.tokens), s.finish_reason) for s in everything_ends} == {(0, "stop")}
     nothing_ends = run(rows, eos_ids=())
     assert {(len(s.tokens), s.finish_reason) for s in nothing_ends} == {(12, "length")}
@@ -162,7 +162,7 @@ def test_the_context_is_a_limit():
     fine, cut = run(too_long, eos_ids=(), on_long_prompt="truncate")
     assert (fine.prompt_truncated, cut.prompt_truncated) == (False, True)
     assert len(cut.tokens) == 12
-    assert run([[7] * 52], eos_ids=(), indices=[1])[0].tokens == cut.tokens
+    assert run([[4, 5], [7] * 52], eos_ids=())[1].tokens == cut.tokens
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         run([[]])
     with pytest.raises(ValueError, match="one index per prompt"):

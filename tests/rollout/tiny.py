@@ -29,7 +29,7 @@ def tiny(seed: int = 0, max_position: int = 64) -> tuple[ModelConfig, dict]:
     return cfg, {**params, "embed": {"embedding": params["embed"]["embedding"] * 2.0}}
 
 
-def prompts(n: int, longest: int = 40, seed: int = 0) -> list[list[int]]:
+def prompts(n: int, longest: int = 16, seed: int = 0) -> list[list[int]]:
     """`n` random prompts of 1 .. `longest` tokens, EOS among them (a prompt may hold anything)."""
     rng = np.random.default_rng(seed)
     return [rng.integers(0, VOCAB, rng.integers(1, longest + 1)).tolist() for _ in range(n)]
