@@ -45,7 +45,7 @@ def _expected_errors() -> tuple[type[Exception], ...]:
         "laif_jax.models.fetch": ("FetchError",),
         "laif_jax.stages.artifact": ("StageError",),
         "laif_jax.parallel.mesh": ("MeshError",),
-        "laif_jax.labeling.errors": ("LabelingError",),
+        "laif_jax.labeling.errors": ("LabelError",),
     }.items():
         if module in sys.modules:
             errors += [getattr(sys.modules[module], name) for name in names]
@@ -165,3 +165,4 @@ def _parser() -> argparse.ArgumentParser:
 
 # A laptop's CPU is the default device only when nothing better is there; JAX itself decides, quietly.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -112,7 +112,9 @@ def _pretrain(ctx: Context) -> Artifact:
                 completion=answer,
             )
 
-        batches = sft_batches([encode(prompt) for prompt in prompts], **fit.batch_options(ctx, spec, model))
+        batches = sft_batches(
+            [encode(prompt) for prompt in prompts], **fit.batch_options(ctx, spec, model.tokenizer)
+        )
         return fit.fit(ctx, folder, "pretrain", model, sft_task, spec, batches)
 
     return run_stage("pretrain", settings, {}, ctx.root, work)

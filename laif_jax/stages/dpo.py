@@ -3,10 +3,10 @@
 from typing import Any
 
 from etils import epath
+from transformers import PreTrainedTokenizerBase
 
 from laif_jax.data.chat import encode_pair
 from laif_jax.data.pipeline import Batches, preference_batches
-from laif_jax.models.model import Model
 from laif_jax.stages import fit, label
 from laif_jax.stages.artifact import Artifact, StageError, run_stage
 from laif_jax.stages.base import model_folder, model_settings
@@ -23,19 +23,19 @@ def run(ctx: Context, policy: Artifact, labels: Artifact) -> Artifact:
 
     def work(folder: epath.Path) -> dict[str, Any]:
         model = fit.load(ctx, model_folder(policy))
-        batches, pairs = make_batches(ctx, model, labels)
+        batches, pairs = make_batches(ctx, model.tokenizer, labels)
         return fit.fit(ctx, folder, "dpo", model, preference_task, spec, batches, pairs=pairs)
 
     return run_stage("dpo", settings, {"policy": policy, "labels": labels}, ctx.root, work)
 
 
-def make_batches(ctx: Context, model: Model, labels: Artifact) -> tuple[Batches, int]:
+def make_batches(ctx: Context, tokenizer: PreTrainedTokenizerBase, labels: Artifact) -> tuple[Batches, int]:
     """(the batches of the whole run, how many pairs there are)."""
     spec = ctx.config.dpo
     assert spec is not None
     encoded = [
         encode_pair(
-            model.tokenizer,
+            tokenizer,
             preference.prompt.messages,
             preference.chosen.text,
             preference.rejected.text,
@@ -47,4 +47,4 @@ def make_batches(ctx: Context, model: Model, labels: Artifact) -> tuple[Batches,
         )
         for preference in label.read_preferences(labels)
     ]
-    return preference_batches(encoded, **fit.batch_options(ctx, spec, model)), len(encoded)
+    return preference_batches(encoded, **fit.batch_options(ctx, spec, tokenizer)), len(encoded)

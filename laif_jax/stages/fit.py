@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from etils import epath
+from transformers import PreTrainedTokenizerBase
 
 from laif_jax.config import TrainSpec
 from laif_jax.data.pipeline import Batches
@@ -35,16 +36,15 @@ def load(ctx: Context, folder: epath.Path) -> Model:
     return Model(cfg, add_lora(model.params, cfg, jax.random.key(ctx.seed)), model.tokenizer)
 
 
-def batch_options(ctx: Context, spec: TrainSpec, model: Model) -> dict[str, Any]:
+def batch_options(ctx: Context, spec: TrainSpec, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The arguments that `sft_batches` and `preference_batches` share."""
-    pad = model.tokenizer.pad_token_id
     index, count = row_shard(ctx.mesh)
     return {
         "batch_size": spec.batch_size,
         "micro_batch": spec.micro_batch,
         "max_length": spec.max_length,
         # Any id serves: masks come from lengths.
-        "pad_id": pad if pad is not None else (model.cfg.eos_ids or (0,))[0],
+        "pad_id": next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0),
         "packing": spec.packing,
         "seed": ctx.seed,
         "epochs": spec.epochs,

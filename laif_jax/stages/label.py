@@ -1,12 +1,13 @@
 """Pairs of completions -> a critic's judgements -> preferences."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from etils import epath
 
 from laif_jax.config import CriticSpec
+from laif_jax.evaluation.labels import label_summary
 from laif_jax.labeling.preferences import to_preferences
 from laif_jax.records import Comparison, Completion, Judgement, Preference, Prompt, read_jsonl, write_jsonl
 from laif_jax.stages import prompts as prompts_stage
@@ -14,14 +15,14 @@ from laif_jax.stages import sample as sample_stage
 from laif_jax.stages import teach as teach_stage
 from laif_jax.stages.artifact import Artifact, StageError, run_stage
 from laif_jax.stages.context import Context
-from laif_jax.stages.progress import progress_lines
+from laif_jax.stages.progress import job_lines
 from laif_jax.stages.usage import usage_of
 
 
 def run(
     ctx: Context, prompts: Artifact, samples: Artifact, teacher: Artifact | None, *, critic: str
 ) -> Artifact:
-    """Judges pairs and writes `judgements.jsonl.gz` and `preferences.jsonl.gz`.
+    """Judges pairs and writes `judgements.jsonl.gz`, the verdicts in single orders, and `preferences.jsonl.gz`.
 
     Args:
       samples: completions of the policy; two per prompt when there is no teacher.
@@ -36,7 +37,10 @@ def run(
         policy = sample_stage.read(samples)
         comparisons = list(_pairs(by_id, policy, teach_stage.read(teacher) if teacher else None))
         judgements = judge(ctx, spec, comparisons)
+        single = ctx.services.client.judgements() if spec.order == "both" else []
         write_jsonl(folder / "judgements.jsonl.gz", judgements)
+        # The verdicts in one order each, which the `parts` of the merged ones name.
+        write_jsonl(folder / "single_order_judgements.jsonl.gz", single)
         preferences, counts = to_preferences(comparisons, judgements)
         decided = sum(judgement.p_b is not None for judgement in judgements)
         check_coverage(ctx, f"critic `{critic}`", decided, judgements)
@@ -49,7 +53,7 @@ def run(
             "comparisons": len(comparisons),
             "preferences": len(preferences),
             "usage": usage_of(judgements),
-            **label_summary(judgements),
+            **label_summary(judgements, single),
             **counts,
         }
 
@@ -69,7 +73,7 @@ def judge(ctx: Context, spec: CriticSpec, comparisons: list[Comparison]) -> list
         comparisons,
         order=spec.order,
         seed=ctx.config.seed,
-        on_progress=progress_lines(f"judgements of {spec.endpoint}"),
+        on_progress=job_lines(f"judgements of {spec.endpoint}"),
     )
 
 
@@ -89,13 +93,6 @@ def check_coverage(ctx: Context, who: str, decided: int, judgements: list[Judgem
             f"First reason: {reason or 'none given'}. Verdicts that came are kept in the labelling store; "
             "run again to ask for the rest only."
         )
-
-
-def label_summary(judgements: Sequence[Judgement]) -> dict[str, Any]:
-    """States counted, and how decided the critic was: mean |p - 1/2| over the judgements with a probability."""
-    states = Counter(str(judgement.status) for judgement in judgements)
-    decided = [abs(judgement.p_b - 0.5) for judgement in judgements if judgement.p_b is not None]
-    return {"states": dict(states), "mean_decidedness": sum(decided) / len(decided) if decided else None}
 
 
 def _pairs(

@@ -4,6 +4,8 @@ import logging
 import time
 from collections.abc import Callable
 
+from laif_jax.labeling.jobs import JobStatus
+
 logger = logging.getLogger(__name__)
 
 
@@ -23,3 +25,18 @@ def progress_lines(what: str, every: float = 15.0) -> Callable[[int, int], None]
         )
 
     return report
+
+
+def job_lines(what: str) -> Callable[[JobStatus], None]:
+    """The same for a job of the labelling service; why it is stalled, if it is, is logged each time that changes."""
+    report = progress_lines(what)
+    stalled = ""
+
+    def look(status: JobStatus) -> None:
+        nonlocal stalled
+        report(status.done, status.total)
+        if status.stalled != stalled:
+            stalled = status.stalled
+            logger.warning("%s: %s", what, stalled or "goes on")
+
+    return look

@@ -3,10 +3,10 @@
 from typing import Any
 
 from etils import epath
+from transformers import PreTrainedTokenizerBase
 
 from laif_jax.data.chat import encode_dialogue
 from laif_jax.data.pipeline import Batches, sft_batches
-from laif_jax.models.model import Model
 from laif_jax.stages import fit, teach
 from laif_jax.stages import prompts as prompts_stage
 from laif_jax.stages.artifact import Artifact, run_stage
@@ -28,14 +28,14 @@ def run(ctx: Context, base: Artifact, prompts: Artifact, completions: Artifact, 
 
     def work(folder: epath.Path) -> dict[str, Any]:
         model = fit.load(ctx, model_folder(base))
-        batches = make_batches(ctx, model, prompts, completions, share)
+        batches = make_batches(ctx, model.tokenizer, prompts, completions, share)
         return fit.fit(ctx, folder, "sft", model, sft_task, ctx.config.sft, batches)
 
     return run_stage("sft", settings, inputs, ctx.root, work)
 
 
 def make_batches(
-    ctx: Context, model: Model, prompts: Artifact, completions: Artifact, share: float
+    ctx: Context, tokenizer: PreTrainedTokenizerBase, prompts: Artifact, completions: Artifact, share: float
 ) -> Batches:
     """The batches of the whole run: one row per prompt of the share that has a completion."""
     spec = ctx.config.sft
@@ -43,7 +43,7 @@ def make_batches(
     by_prompt = {completion.prompt_id: completion for completion in teach.read(completions)}
     encoded = [
         encode_dialogue(
-            model.tokenizer,
+            tokenizer,
             row.prompt.messages,
             ctx.config.model.template,
             max_length=spec.max_length,
@@ -54,4 +54,4 @@ def make_batches(
         for row in rows
         if (completion := by_prompt.get(row.prompt.id))
     ]
-    return sft_batches(encoded, **fit.batch_options(ctx, spec, model))
+    return sft_batches(encoded, **fit.batch_options(ctx, spec, tokenizer))

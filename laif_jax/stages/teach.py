@@ -11,7 +11,7 @@ from laif_jax.records import Completion, DataError, read_jsonl, write_jsonl
 from laif_jax.stages import prompts as prompts_stage
 from laif_jax.stages.artifact import Artifact, StageError, run_stage
 from laif_jax.stages.context import Context
-from laif_jax.stages.progress import progress_lines
+from laif_jax.stages.progress import job_lines
 from laif_jax.stages.usage import usage_of
 
 FILE = "completions.jsonl.gz"
@@ -97,7 +97,7 @@ def _from_service(
         temperature=spec.temperature,
         max_tokens=spec.max_tokens,
         generator=teacher,
-        on_progress=progress_lines(f"completions of {teacher}"),
+        on_progress=job_lines(f"completions of {teacher}"),
     )
     found = [answer for answer in answers if isinstance(answer, Completion) and answer.text.strip()]
     return found, {"missing": len(rows) - len(found)}

@@ -14,7 +14,7 @@ from laif_jax.evaluation.winrate import win_rate
 from laif_jax.records import read_jsonl
 from laif_jax.stages import evaluate
 from laif_jax.stages.artifact import Artifact, versions
-from laif_jax.studies.answer import answer_text
+from laif_jax.studies.answer import answers
 from laif_jax.studies.graph import Node, Outcome
 from laif_jax.studies.laif import Replicate
 
@@ -57,14 +57,7 @@ def collect(
         "warnings": [],
     }
     results["warnings"] = list(_warnings(config, results, outcomes))
-    results["answers"] = [
-        {"laif": question.laif, "sft": question.sft, "text": answer_text(results, question)}
-        for question in questions(config)
-        if question.laif in finished and question.sft in finished
-    ]
-    results["answer"] = " ".join(entry["text"] for entry in results["answers"]) or (
-        "No answer: the arms that the question compares did not finish. See `stages` for the reasons."
-    )
+    results |= answers(results, questions(config))
     return Collected(results, _curves(replicates, outcomes), _samples(finished))
 
 

@@ -23,16 +23,14 @@ def enable_compilation_cache(directory: str | Path | None = None) -> Path | None
     """Keeps compiled programs on disk, so that a second run of the same shapes starts at once.
 
     Args:
-      directory: where; None: the environment variable LAIF_CACHE, else ~/.cache/laif_jax/xla. LAIF_CACHE=off turns the
-        cache off.
+      directory: where; None: `xla` in the folder of the environment variable LAIF_CACHE, else ~/.cache/laif_jax/xla.
+        JAX's own JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
 
     Returns:
-      The folder, or None when it is off or cannot be written (which is logged, and harmless).
+      The folder, or None when it cannot be written (which is logged, and harmless).
     """
-    chosen = str(directory or os.environ.get("LAIF_CACHE") or Path.home() / ".cache" / "laif_jax" / "xla")
-    if chosen.lower() in ("off", "0", "none"):
-        return None
-    path = Path(chosen).expanduser()
+    cache = Path(os.environ.get("LAIF_CACHE") or Path.home() / ".cache" / "laif_jax")
+    path = Path(directory or cache / "xla").expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
