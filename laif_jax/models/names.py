@@ -120,7 +120,7 @@ class LeafPlan:
         bounds = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True))
         if not self.stacked:
             block = self._block(reader, self.names[0], bounds)
-            return block if dtype is None else block.astype(dtype, copy=False)
+            return block.astype(dtype or block.dtype)  # a copy: never a view of a mapped file
         layers, rest = bounds[0], bounds[1:]
         out: np.ndarray | None = None
         for place, name in enumerate(self.names[layers]):

@@ -15,7 +15,7 @@ from etils import epath
 from laif_jax.models import names
 from laif_jax.models.arch import ModelConfig
 from laif_jax.models.names import LeafPlan, Path, Slices, WeightsError
-from laif_jax.models.safetensors import SafetensorsFile, write_file
+from laif_jax.models.safetensors import DTYPES, SafetensorsFile, write_file
 
 __all__ = ["Checkpoint", "WeightsError", "load_params", "place", "save_params", "write_folder"]
 
@@ -173,14 +173,19 @@ def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     return groups
 
 
+def _remove_unfinished(folder: epath.Path) -> None:
+    for pattern in (".model*.tmp", ".config.json.tmp"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def _space(folder: epath.Path) -> Generator[None]:
     """Turns a failed write into a message that says where and what to do; removes the unfinished files."""
     try:
         yield
     except OSError as error:
-        for path in folder.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
+        _remove_unfinished(folder)
         raise OSError(
             error.errno,
             f"cannot write the weights to {folder}: {error.strerror or error}. Free space or choose another folder; "
@@ -202,6 +207,11 @@ def write_folder(
     `value` for every tensor (it may be a collective); process 0 writes.
     """
     folder = epath.Path(directory)
+    unknown = {str(dtype) for _, dtype in shapes.values()} - {str(dtype) for dtype in DTYPES.values()}
+    if unknown:
+        raise WeightsError(
+            f"{folder}: weights of type {', '.join(unknown)} cannot be written; choose float32, float16 or bfloat16"
+        )
     if jax.process_index() != 0:
         for name in shapes:
             value(name)
@@ -225,6 +235,7 @@ def write_folder(
             (folder / f".{file}.tmp").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         for file in (*files, *texts):
             (folder / f".{file}.tmp").replace(folder / file)
+    _remove_unfinished(folder)  # of a save that was killed
     kept = {*files, *texts}
     for pattern in ("model*.safetensors", INDEX):
         for path in folder.glob(pattern):

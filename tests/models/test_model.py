@@ -169,6 +169,12 @@ def test_convert_from_gguf_and_between_types(dtype, tmp_path):
     assert load_tokenizer(str(tmp_path / "small")).encode("Hello world 123") == ids
 
 
+def test_convert_to_a_type_that_weights_do_not_have(tmp_path):
+    path = tiny_gguf.write(tmp_path / "m.gguf", tiny_gguf.CASES["qwen2"])
+    with pytest.raises(WeightsError, match="type int8 cannot be written; choose float32"):
+        convert(str(path), tmp_path / "out", "int8")
+
+
 # ---- tokenizers ------------------------------------------------------------------------------------------------
 
 

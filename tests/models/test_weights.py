@@ -92,7 +92,8 @@ def test_large_models_are_cut_into_shards_with_an_index(tmp_path):
         assert all(index["weight_map"][name] == file for name in part)
         merged |= part
     states.same_bytes(merged, state)
-    # A later, unsharded save leaves nothing of it behind.
+    # A later, unsharded save leaves nothing of it behind, nor of one that was killed.
+    (tmp_path / ".model-00001-of-00009.safetensors.tmp").write_bytes(b"half")
     save_params(tmp_path, params, cfg)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["config.json", "model.safetensors"]
