@@ -1,7 +1,7 @@
 """A batch made visible: what is learned from, what is not, where turns and segments end, what was cut."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from rich.console import Group, RenderableType
@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from laif_jax.data.chat import Encoded, EncodedPair
+from laif_jax.data.plan import ENDED, PROMPT_CUT, RESPONSE_CUT
 
 Batch = Mapping[str, np.ndarray]
 
@@ -22,17 +22,17 @@ def render(
     batch: Batch,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    examples: Sequence[Encoded] | Sequence[EncodedPair] | None = None,
+    flags: np.ndarray | None = None,
     max_rows: int = 4,
 ) -> RenderableType:
     """A batch of dialogues or of pairs, for a terminal; readable without colour too.
 
     Args:
       batch: from `sft_batches` or `preference_batches`.
-      examples: what the batches were made from: adds what was cut, which the arrays do not say.
+      flags: `Batches.flags`: adds what was cut, which the arrays do not say.
       max_rows: dialogues' rows, or pairs, shown.
     """
-    body = _pairs(batch, tokenizer, examples) if "pair_index" in batch else _rows(batch, tokenizer, examples)
+    body = _pairs(batch, tokenizer, flags) if "pair_index" in batch else _rows(batch, tokenizer, flags)
     parts: list[RenderableType] = [legend(), _summary(batch)]
     panels = list(itertools.islice(body, max_rows + 1))
     parts += panels[:max_rows]
@@ -79,7 +79,7 @@ def _summary(batch: Batch) -> Text:
 def _rows(
     batch: Batch,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Encoded] | Sequence[EncodedPair] | None,
+    flags: np.ndarray | None,
 ) -> Iterator[RenderableType]:
     micro, rows, _ = batch["tokens"].shape
     for a in range(micro):
@@ -90,11 +90,9 @@ def _rows(
             parts: list[RenderableType] = []
             for segment in range(1, count + 1):
                 index = int(batch["example_index"][a, row, segment - 1])
-                example = examples[index] if examples is not None else None
+                bits = None if flags is None else int(flags[index, 0])
                 mark = Text(f"\u2500\u2500 segment {segment}/{count}, example {index} ", _NOTE)
-                text = _segment(
-                    batch, a, row, segment, tokenizer, example if isinstance(example, Encoded) else None
-                )
+                text = _segment(batch, a, row, segment, tokenizer, bits)
                 parts += [mark, text] if count > 1 else [text]
             padding = int((batch["segment_ids"][a, row] == 0).sum())
             name = f"example {int(batch['example_index'][a, row, 0])}" if count == 1 else f"{count} segments"
@@ -107,18 +105,17 @@ def _rows(
 def _pairs(
     batch: Batch,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Encoded] | Sequence[EncodedPair] | None,
+    flags: np.ndarray | None,
 ) -> Iterator[RenderableType]:
     per_row = _segments_per_row(batch)
     for a, slot in np.argwhere(batch["pair_index"] >= 0):
         index = int(batch["pair_index"][a, slot])
-        pair = examples[index] if examples is not None else None
         parts: list[RenderableType] = []
-        for side in ("chosen", "rejected"):
+        for number, side in enumerate(("chosen", "rejected")):
             row, segment = divmod(int(batch[side][a, slot]), per_row)
-            encoded = getattr(pair, side) if isinstance(pair, EncodedPair) else None
+            bits = None if flags is None else int(flags[index, number])
             parts.append(Text(f"\u2500\u2500 {side} (row {row}, segment {segment + 1})", _NOTE))
-            parts.append(_segment(batch, int(a), row, segment + 1, tokenizer, encoded))
+            parts.append(_segment(batch, int(a), row, segment + 1, tokenizer, bits))
         p, weight = float(batch["p_chosen"][a, slot]), float(batch["weight"][a, slot])
         title = f"micro-batch {a}, pair {index}: p_chosen = {p:.3f}" + (
             f", weight {weight:g}" if weight != 1 else ""
@@ -135,14 +132,14 @@ def _segments_per_row(batch: Batch) -> int:
 
 
 def _segment(
-    batch: Batch, a: int, row: int, segment: int, tokenizer: PreTrainedTokenizerBase, encoded: Encoded | None
+    batch: Batch, a: int, row: int, segment: int, tokenizer: PreTrainedTokenizerBase, bits: int | None
 ) -> Text:
     """One segment's text, coloured by loss weight, and what became of its ends."""
     places = np.flatnonzero(batch["segment_ids"][a, row] == segment)
     tokens = batch["tokens"][a, row, places].tolist()
     weights = batch["loss_mask"][a, row, places].tolist()
     text = Text()
-    if encoded is not None and encoded.prompt_truncated:
+    if bits is not None and bits & PROMPT_CUT:
         text.append("CUT\u2026 ", _NOTE)
     special = set(tokenizer.all_special_ids)
     start = 0
@@ -156,9 +153,9 @@ def _segment(
         weight = weights[start]
         text.append((_CLOSE if weight == 1 else f"{_CLOSE}\u00d7{weight:g}") if learned else "", _TARGET)
         start = stop
-    if encoded is not None and encoded.response_truncated:
+    if bits is not None and bits & RESPONSE_CUT:
         text.append(" \u2026CUT", _NOTE)
-    ended = encoded.ended if encoded is not None else tokens[-1] in special
+    ended = bool(bits & ENDED) if bits is not None else tokens[-1] in special
     text.append(" END" if ended else " NO END", _NOTE)
     return text
 

@@ -22,6 +22,7 @@ from laif_jax.data.plan import (
     Report,
     Schedule,
     epoch_order,
+    flags,
     make_layout,
     rows_of_host,
     rows_of_step,
@@ -38,7 +39,8 @@ class Batches:
 
     Attributes:
       total_steps: optimiser steps in the run. steps_per_epoch: in the first epoch (with packing, later epochs may
-        differ by a few). layout: static sizes. report: what was dropped and cut.
+        differ by a few). layout: static sizes. report: what was dropped and cut. flags: uint8 [examples given, sides],
+        what was cut and what ended, for `inspect.render`.
     """
 
     def __init__(self, steps: "_SftSteps | _PairSteps"):
@@ -46,6 +48,7 @@ class Batches:
         self.total_steps = steps.schedule.total
         self.steps_per_epoch = steps.schedule.first_epoch
         self.layout: Layout = steps.layout
+        self.flags: np.ndarray = steps.flags
         self.report: Report = replace(steps.report, pad_fraction=self._padding())
         # One thread prepares the next batches while a step computes.
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
@@ -130,7 +133,8 @@ def sft_batches(
     Raises:
       ValueError: nothing is supervised, an example is longer than T, or the sizes contradict each other.
     """
-    keep, report = usable([(one,) for one in encoded])
+    sides = [(one,) for one in encoded]
+    keep, report = usable(sides)
     layout = make_layout(
         batch_size=batch_size,
         micro_batch=micro_batch,
@@ -156,6 +160,7 @@ def sft_batches(
         _SftSteps(
             layout=layout,
             report=report,
+            flags=flags(sides),
             fingerprint=_fingerprint(table, layout, batch_size, packing, seed, shuffle),
             table=table,
             schedule=Schedule(plan, epochs, steps, None if packing else math.ceil(len(keep) / batch_size)),
@@ -178,6 +183,7 @@ class _SftSteps:
 
     layout: Layout
     report: Report
+    flags: np.ndarray
     fingerprint: str
     table: TokenTable
     schedule: Schedule[_RowPlan]
@@ -235,7 +241,8 @@ def preference_batches(
 
     Raises: as `sft_batches`.
     """
-    keep, report = usable([(pair.chosen, pair.rejected) for pair in pairs])
+    sides = [(pair.chosen, pair.rejected) for pair in pairs]
+    keep, report = usable(sides)
     layout = make_layout(
         batch_size=batch_size,
         micro_batch=micro_batch,
@@ -268,6 +275,7 @@ def preference_batches(
         _PairSteps(
             layout=layout,
             report=report,
+            flags=flags(sides),
             fingerprint=_fingerprint(
                 table, layout, batch_size, packing, seed, shuffle, p=columns["p_chosen"].tolist()
             ),
@@ -303,6 +311,7 @@ class _PairSteps:
 
     layout: Layout
     report: Report
+    flags: np.ndarray
     fingerprint: str
     table: TokenTable
     schedule: Schedule[_PairPlan]

@@ -55,6 +55,21 @@ class Report:
     pad_fraction: float = 0.0
 
 
+PROMPT_CUT, RESPONSE_CUT, ENDED = 1, 2, 4
+
+
+def flags(examples: Sequence[Sequence[Encoded]]) -> np.ndarray:
+    """uint8 [examples, sides]: what the arrays of a batch do not say; PROMPT_CUT, RESPONSE_CUT and ENDED as bits."""
+    bits = [
+        [
+            PROMPT_CUT * side.prompt_truncated + RESPONSE_CUT * side.response_truncated + ENDED * side.ended
+            for side in sides
+        ]
+        for sides in examples
+    ]
+    return np.asarray(bits, np.uint8)
+
+
 def usable(examples: Sequence[Sequence[Encoded]]) -> tuple[list[int], Report]:
     """Which examples (each a dialogue, or the two sides of a pair) can be trained on, and the count of the rest.
 

@@ -38,7 +38,7 @@ def test_dialogues_show_what_is_learned_cut_and_ended():
     batches = sft_batches(
         examples, batch_size=1, max_length=160, pad_id=2, packing=True, epochs=1, shuffle=False
     )
-    text = shown(render(batches.at(0), tokenizer, examples=examples))
+    text = shown(render(batches.at(0), tokenizer, flags=batches.flags))
     assert "3 segments" in text
     assert "segment 2/3, example 1" in text
     lines = [line.strip("\u2502 ") for line in text.splitlines()]
@@ -76,7 +76,7 @@ def test_pairs_show_both_sides_and_their_probability():
         batches = preference_batches(
             pairs, batch_size=4, max_length=70, pad_id=2, packing=packing, epochs=1, shuffle=False
         )
-        text = shown(render(batches.at(0), tokenizer, examples=pairs))
+        text = shown(render(batches.at(0), tokenizer, flags=batches.flags))
         for i in range(3):
             panel = text.split(f"pair {i}: p_chosen = 0.{5 + i}00")[1].split("\u2570")[0]
             chosen, rejected = panel.split("rejected (row")

@@ -13,7 +13,7 @@ from tests.data.examples import MAX_LENGTH, dialogues, encoded, learnable, pairs
 
 PAD = 7  # also a real token, of example 0
 quick = settings(max_examples=25, deadline=None)
-few = settings(max_examples=12, deadline=None)  # iterators start threads
+few = settings(max_examples=8, deadline=None)  # iterators start threads
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 3)).map(
     lambda s: {"batch_size": s[0] * s[1] * 2, "micro_batch": s[1] * 2}
 )
