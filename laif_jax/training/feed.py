@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from laif_jax.parallel import ROW_AXES, host_to_global
 
@@ -61,15 +61,18 @@ def example_indices(batch: Mapping[str, np.ndarray]) -> list[int]:
 def to_device(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     """Arrays [A, rows, ...] for a jitted step.
 
-    With one process they stay NumPy arrays, which the jitted step moves itself, and rows are padded with zeros (no
-    segment, no weight) to what the mesh splits. With several, each holds its slice (`row_shard`) and they become global
+    With one process they stay NumPy arrays, which the jitted step moves itself (on a mesh of explicit axes they are
+    placed here, so that their types say how), and rows are padded with zeros (no segment, no weight) to what the mesh
+    splits. With several, each holds its slice (`row_shard`) and they become global
     arrays; the data pipeline has then padded them (`row_multiple`), since pair tables count rows globally.
     """
     arrays = {k: np.asarray(v) for k, v in batch.items() if k not in HOST_ONLY}
-    if jax.process_count() > 1:
+    if jax.process_count() == 1:
+        parts = math.prod(mesh.shape[axis] for axis in ROW_AXES)
+        arrays = {name: _pad_rows(array, parts) for name, array in arrays.items()}
+    if jax.process_count() > 1 or AxisType.Explicit in mesh.axis_types:
         return host_to_global(arrays, mesh)
-    parts = math.prod(mesh.shape[axis] for axis in ROW_AXES)
-    return {name: _pad_rows(array, parts) for name, array in arrays.items()}
+    return arrays
 
 
 def _pad_rows(x: np.ndarray, parts: int) -> np.ndarray:

@@ -62,7 +62,7 @@ class ReferenceLogps:
         missing = [*outside, *np.unique(pair_index[real & np.isnan(self.chosen[index])])]
         if missing:
             raise MissingReferenceError(
-                f"no reference log-probs for the pairs {[int(i) for i in missing[:10]]} (of {len(self.chosen)}): "
+                f"no reference log-probs for the pairs {[int(i) for i in missing[:10]]} of {len(self.chosen)}: "
                 "they were made for other data. Delete the cached reference-*.npz of this run and start again"
             )
         return {

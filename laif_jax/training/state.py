@@ -1,5 +1,6 @@
 """What training changes: step, parameters, optimiser state. Frozen parameters travel along, untouched and unsaved."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -94,8 +95,8 @@ def create_state(
         shardings = jax.tree.map(lambda _: replicated, dict(params))
     train_params, frozen = partition(params, trainable)
     train_shard, frozen_shard = partition(shardings, trainable)
-    train_params = jax.tree.map(lambda x, s: _place(x, s, jnp.float32, donate), train_params, train_shard)
-    frozen = jax.tree.map(lambda x, s: _place(x, s, frozen_dtype or x.dtype, donate), frozen, frozen_shard)
+    train_params = _place(train_params, train_shard, jnp.float32, donate)
+    frozen = _place(frozen, frozen_shard, frozen_dtype, donate)
     opt_shapes = jax.eval_shape(optimizer.init, train_params)
     opt_shard = opt_state_shardings(optimizer, opt_shapes, train_params, train_shard, replicated)
     opt_state = _init_optimizer(optimizer, opt_shard)(train_params)
@@ -138,7 +139,13 @@ def _init_optimizer(optimizer: optax.GradientTransformation, shardings: Any) -> 
     return _INITS[key]
 
 
-def _place(x: Any, sharding: NamedSharding, dtype: Any, donate: bool) -> jax.Array:
-    """`x` in `dtype` under `sharding`; a copy unless donated (`device_put` alone may share the buffer)."""
-    placed = jax.device_put(x if x.dtype == dtype else x.astype(dtype), sharding)
-    return placed if donate or not isinstance(x, jax.Array) or x.dtype != dtype else jnp.copy(placed)
+def _place(tree: Tree, shardings: Tree, dtype: Any, donate: bool) -> Tree:
+    """The tree in `dtype` (None: as it is) under `shardings`; a copy unless donated (`device_put` may share buffers)."""
+    tree = jax.device_put(tree, shardings)
+    same = all(dtype is None or x.dtype == dtype for x in jax.tree.leaves(tree))
+    return tree if donate and same else _copy(tree, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _copy(tree: Tree, dtype: Any) -> Tree:
+    return jax.tree.map(lambda x: jnp.array(x, dtype or x.dtype, copy=True), tree)

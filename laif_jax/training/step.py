@@ -10,7 +10,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from laif_jax.objectives import LossOut
 from laif_jax.training.state import TrainState, merge
@@ -142,6 +142,10 @@ def _accumulate(
 ) -> tuple[Any, Any, Any]:
     """Float32 sums of gradients, loss, weight and metrics over the leading micro-batch axis, and stacked outputs."""
 
+    leaves = jax.tree.leaves(shardings)
+    explicit = bool(leaves) and AxisType.Explicit in leaves[0].mesh.axis_types
+    lay = jax.reshard if explicit else jax.lax.with_sharding_constraint
+
     def loss(trainable: Any, micro: Any) -> tuple[jax.Array, tuple[LossOut, dict[str, jax.Array]]]:
         out = loss_fn(merge(trainable, state.frozen), micro, hyper)
         out, outputs = (out, {}) if isinstance(out, LossOut) else out
@@ -152,12 +156,12 @@ def _accumulate(
         (_, (out, outputs)), new = jax.value_and_grad(loss, has_aux=True)(state.trainable, micro)
         grads = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), grads, new)
         # Keeps the running sums where their parameters lie: a reduce-scatter instead of an all-reduce.
-        grads = jax.lax.with_sharding_constraint(grads, shardings)
+        grads = lay(grads, shardings)
         return (grads, jax.tree.map(jnp.add, sums, tuple(out))), outputs
 
     first = jax.tree.map(lambda x: x[0], batch)
     shapes = jax.eval_shape(loss, state.trainable, first)[1][0]
     zeros = lambda x: jnp.zeros(x.shape, jnp.float32)  # noqa: E731
-    start = (jax.tree.map(zeros, state.trainable), jax.tree.map(zeros, tuple(shapes)))
+    start = (lay(jax.tree.map(zeros, state.trainable), shardings), jax.tree.map(zeros, tuple(shapes)))
     (grads, sums), outputs = jax.lax.scan(body, start, batch)
     return grads, sums, outputs
