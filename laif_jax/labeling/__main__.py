@@ -15,7 +15,7 @@ def main() -> int:
     serve = parser.add_subparsers(required=True).add_parser("serve", help="run the service")
     serve.add_argument("--store", required=True, help="folder of the store")
     serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8321, help="0 takes a free one")
+    serve.add_argument("--port", type=int, default=8080, help="0 takes a free one")
     serve.add_argument("--ready-file", help="gets the address once the service answers")
     serve.add_argument("--end-with-parent", action="store_true", help="end when standard input closes")
     options = parser.parse_args()

@@ -80,7 +80,7 @@ class LabelClient:
         Args:
           endpoint: who writes; for `llama_cpp` and `checkpoint` use `with running(spec) as endpoint`.
           generator: the name that the completions carry.
-          seed: sent to the endpoint as `seed` + sample index; None: not sent.
+          seed: every sample of every prompt is sent with a `seed` of its own, drawn from this one; None: none is sent.
 
         Raises:
           LabelServiceError: the service is unreachable or refused the job. What an *endpoint* does wrong never

@@ -1,5 +1,6 @@
 """From prompts to a teacher's completions."""
 
+import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -62,7 +63,9 @@ class CompleteWork:
             messages = ({"role": "system", "content": self._system}, *messages)
         params = dict(self._params)
         if self._seed is not None:
-            params["seed"] = self._seed + sample
+            # Each prompt and sample has its own: with one seed for all, their random draws would be the same.
+            digest = hashlib.sha256(f"{self._seed}:{prompt.id}:{sample}".encode()).digest()
+            params["seed"] = int.from_bytes(digest[:4], "big") >> 1
         truth = Truth(last_user_turn(prompt)) if self.endpoint.provider == "simulated" else None
         return [Call(self.endpoint, messages, params, sample=sample, truth=truth)]
 

@@ -165,6 +165,12 @@ class _Job:
         if state == "done" and self.scheduler.closing:
             state, reason = "interrupted", "the service ended before the job did; submit it again"
         await self._save(state, reason)
+        final = self.status
+        log.info(
+            "job %s (%s, %s) %s%s: %d of %d items, %d calls, %d answers from the store, %s",
+            *(final.id, final.kind, final.endpoint, final.state, f" ({reason})" if reason else ""),
+            *(final.done, final.total, final.calls, final.cached, final.counts),
+        )
 
     async def _save(self, state: Any, reason: str) -> None:
         status = self.status.model_copy(update={"state": state, "reason": reason, "updated": now()})

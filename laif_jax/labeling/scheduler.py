@@ -37,7 +37,8 @@ class Breaker:
     """Stops one job's calls to an endpoint that cannot answer, so that 20,000 items do not each wait for it.
 
     It opens at once on a fatal error (refused key, unknown model), and after `limit` failed calls in a row. Free
-    endpoints have none.
+    endpoints have none, and a request that is refused for what it is (HTTP 400, at once and unpaid) says nothing about
+    the next one.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -49,12 +50,12 @@ class Breaker:
     def success(self) -> None:
         self._row = 0
 
-    def failure(self, reason: str, *, fatal: bool) -> None:
-        self._row += 1
-        if self._applies and not self.reason and (fatal or self._row >= self._limit):
-            why = "" if fatal else f"{self._row} calls in a row failed, the last: "
-            self.reason = f"not asked: {why}{reason}"
-            log.error("calls stopped: %s%s", why, reason)
+    def failure(self, error: CallError) -> None:
+        self._row += error.kind != "bad_request"
+        if self._applies and not self.reason and (error.fatal or self._row >= self._limit):
+            why = "" if error.fatal else f"{self._row} calls in a row failed, the last: "
+            self.reason = f"not asked: {why}{error.reason}"
+            log.error("calls stopped: %s%s", why, error.reason)
 
 
 class _Lane:
@@ -137,7 +138,7 @@ class Scheduler:
                     )
             last = attempt + 1 == attempts_before + call.endpoint.max_attempts
             if not failure.retryable or last:
-                breaker.failure(reason, fatal=failure.fatal)
+                breaker.failure(failure)
                 break
             await self._back_off(lane, failure, attempt - attempts_before)
         return Outcome(call.key, None, reason, date=now())

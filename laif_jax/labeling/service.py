@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 def serve_labels(
     host: str = "127.0.0.1",
-    port: int = 8321,
+    port: int = 8080,
     store: str | Path = "labels",
     ready_file: str | Path | None = None,
 ) -> None:

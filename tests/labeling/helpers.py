@@ -18,7 +18,9 @@ from laif_jax.labeling.store import Store
 from laif_jax.records import Comparison, Completion, Judgement, Prompt
 
 
-def comparison(number: int, quality_a: float, quality_b: float, *, pad_a: int = 0, pad_b: int = 0) -> Comparison:
+def comparison(
+    number: int, quality_a: float, quality_b: float, *, pad_a: int = 0, pad_b: int = 0
+) -> Comparison:
     prompt = Prompt.from_text(f"Question {number}: what is {number} + {number}?")
 
     def completion(name: str, quality: float, pad: int) -> Completion:
@@ -71,7 +73,9 @@ def run_job(folder: Path, job: JudgeJob | CompleteJob) -> tuple[JobStatus, list[
     return asyncio.run(run())
 
 
-def judge(folder: Path, endpoint: Endpoint, critic: Any, items: Sequence[Comparison], **rest: Any) -> list[Judgement]:
+def judge(
+    folder: Path, endpoint: Endpoint, critic: Any, items: Sequence[Comparison], **rest: Any
+) -> list[Judgement]:
     """The final judgements of a job that must end well."""
     job = JudgeJob(endpoint=endpoint, critic=critic, comparisons=tuple(items), **rest)
     status, final, _ = run_job(folder, job)

@@ -41,7 +41,13 @@ def fast_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
         ("laif_basic", Reply(429, {"error": {"code": "insufficient_quota"}}), "failed", "balance", 1),
         ("laif_basic", Reply(307, b"", {"Location": "/elsewhere"}), "failed", "307", 1),
         ("ab_logprob", Reply(200, chat("A")), "failed", "log-probs", 1),
-        ("ab_logprob", Reply(200, chat("Hm", top={"Hm": -0.1, "Well": -3.0})), "unparsable", "neither A or B", 1),
+        (
+            "ab_logprob",
+            Reply(200, chat("Hm", top={"Hm": -0.1, "Well": -3.0})),
+            "unparsable",
+            "neither A or B",
+            1,
+        ),
         ("laif_basic", Reply(200, chat("Both are good.")), "unparsable", "no option", 1),
         ("pairwise_json", Reply(200, chat("The winner is b")), "unparsable", "no JSON", 1),
         ("alpaca_eval_gpt4", Reply(200, chat("model_1")), "unparsable", "no list", 1),
@@ -101,20 +107,38 @@ def test_a_good_answer_is_kept_with_its_provenance(tmp_path) -> None:
         assert only.date
         assert len(only.parts) == 2
         sent = server.bodies[0]
-        assert (sent["logprobs"], sent["top_logprobs"], sent["max_tokens"], sent["temperature"]) == (True, 20, 1, 0.0)
+        assert (sent["logprobs"], sent["top_logprobs"], sent["max_tokens"], sent["temperature"]) == (
+            True,
+            20,
+            1,
+            0.0,
+        )
         assert "sample" not in sent
 
 
-def test_equal_requests_are_one_call_and_samples_are_several(tmp_path) -> None:
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_equal_requests_are_one_call_and_samples_are_several(tmp_path, concurrency: int) -> None:
     with fake_endpoint(chat("Hello.")) as server:
         prompts = tuple([Prompt.from_text("Say hi.")] * 3)
-        job = CompleteJob(endpoint=at(server), prompts=prompts, generator="g", n=2, system="Be brief.", seed=5)
+        endpoint = at(server, concurrency=concurrency)
+        job = CompleteJob(endpoint=endpoint, prompts=prompts, generator="g", n=2, system="Be brief.", seed=5)
         status, final, _ = run_job(tmp_path, job)
         assert status.counts == {"ok": 6}
         assert sum(server.calls.values()) == 2
-        assert sorted(body["seed"] for body in server.bodies) == [5, 6]
+        assert len({body["seed"] for body in server.bodies}) == 2
         assert server.bodies[0]["messages"][0] == {"role": "system", "content": "Be brief."}
         assert [row["sample_index"] for row in final] == [0, 1] * 3
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_equal_requests_that_fail_are_one_call_per_job(tmp_path, concurrency: int) -> None:
+    with fake_endpoint(lambda number, request: Reply(400, {})) as server:
+        prompts = tuple([Prompt.from_text("Say hi.")] * 3)
+        job = CompleteJob(endpoint=at(server, concurrency=concurrency), prompts=prompts, generator="g")
+        for number in (1, 2):
+            status, *_ = run_job(tmp_path, job)
+            assert status.counts == {"failed": 3}
+            assert sum(server.calls.values()) == number
 
 
 def test_concurrency_is_bounded_and_used(tmp_path) -> None:
@@ -129,12 +153,16 @@ def test_retry_after_holds_everybody_back(tmp_path) -> None:
 
     def reply(number: int, request: dict) -> Reply:
         times.append(time.monotonic())
-        return Reply(429, {}, {"Retry-After": "1"}) if number == 0 else Reply(body=GOOD_A)
+        if number == 0:
+            return Reply(429, {}, {"Retry-After": "1"})
+        # The second call is under way while the first is refused; the worker that made it must wait as well.
+        return Reply(body=GOOD_A, hang=0.3 if number == 1 else 0.0)
 
     with fake_endpoint(reply) as server:
-        judgements = judge(tmp_path, at(server, concurrency=1), "laif_basic", planted(2))
-        assert {j.status for j in judgements} <= {Status.OK, Status.TIE}
-        assert times[1] - times[0] >= 0.99
+        judgements = judge(tmp_path, at(server, concurrency=2), "laif_basic", planted(3))
+        assert {j.status for j in judgements} == {Status.TIE}
+        assert len(times) == 7
+        assert min(times[2:]) - times[0] >= 0.99
 
 
 def test_a_dead_endpoint_does_not_cost_every_item_its_attempts(tmp_path) -> None:
@@ -144,6 +172,15 @@ def test_a_dead_endpoint_does_not_cost_every_item_its_attempts(tmp_path) -> None
         assert sum(server.calls.values()) < 40
         assert "not asked" in judgements[-1].reason
         assert "500" in judgements[-1].reason
+
+
+def test_many_prompts_that_are_too_long_do_not_stop_the_others(tmp_path) -> None:
+    def reply(number: int, request: dict) -> Reply:
+        return Reply(400, {"error": "too long"}) if number < 50 else Reply(body=GOOD_A)
+
+    with fake_endpoint(reply) as server:
+        judgements = judge(tmp_path, at(server, concurrency=1), "laif_basic", planted(30))
+        assert [j.status for j in judgements] == [Status.FAILED] * 25 + [Status.TIE] * 5
 
 
 def test_a_refused_key_stops_the_job_at_once(tmp_path) -> None:
@@ -173,13 +210,17 @@ def test_keys_are_sent_and_never_stored(tmp_path, monkeypatch) -> None:
 def test_a_key_that_is_not_set_is_explained_before_anything_is_asked(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("MY_TEST_KEY", raising=False)
     with fake_endpoint(GOOD_A) as server:
-        job = JudgeJob(endpoint=at(server, api_key_env="MY_TEST_KEY"), critic="laif_basic", comparisons=tuple(ITEM))
+        job = JudgeJob(
+            endpoint=at(server, api_key_env="MY_TEST_KEY"), critic="laif_basic", comparisons=tuple(ITEM)
+        )
         with pytest.raises(EndpointError, match="MY_TEST_KEY"):
             run_job(tmp_path, job)
         assert not server.calls
 
 
-@pytest.mark.parametrize("url", ["http://me:pw@host/v1", "http://host/v1?key=1", "ftp://host", "localhost:80"])
+@pytest.mark.parametrize(
+    "url", ["http://me:pw@host/v1", "http://host/v1?key=1", "ftp://host", "localhost:80"]
+)
 def test_an_address_with_a_secret_or_none_is_refused(url: str) -> None:
     with pytest.raises((EndpointError, ValueError)) as error:
         Endpoint(provider="openai", base_url=url)
@@ -195,8 +236,16 @@ def test_the_key_of_a_request_holds_what_decides_the_answer_and_nothing_else() -
         return Call(endpoint, messages, params or {"temperature": 0.0}, sample=sample).key
 
     reference = key()
-    assert key(concurrency=3, timeout=1.0, max_attempts=2, api_key_env="X", base_url="http://host/v1/") == reference
-    different = [key(model="n"), key(sample=1), key(params={"temperature": 1.0}), key(base_url="http://other/v1")]
+    assert (
+        key(concurrency=3, timeout=1.0, max_attempts=2, api_key_env="X", base_url="http://host/v1/")
+        == reference
+    )
+    different = [
+        key(model="n"),
+        key(sample=1),
+        key(params={"temperature": 1.0}),
+        key(base_url="http://other/v1"),
+    ]
     assert len({reference, *different}) == 5
     # A local server's port is no part of the key, its weights are.
     local = [key(identity="gguf:1", base_url=f"http://127.0.0.1:{port}/v1") for port in (1, 2)]

@@ -20,7 +20,10 @@ def gguf() -> str:
 
 
 def test_a_missing_model_is_explained(tmp_path) -> None:
-    with pytest.raises(EndpointError, match="laif fetch"), running(EndpointSpec(provider="llama_cpp", gguf="no.gguf")):
+    with (
+        pytest.raises(EndpointError, match="laif fetch"),
+        running(EndpointSpec(provider="llama_cpp", gguf="no.gguf")),
+    ):
         pass
     spec = EndpointSpec(provider="checkpoint", checkpoint=str(tmp_path))
     with pytest.raises(EndpointError, match=r"config\.json"), running(spec):
@@ -45,14 +48,21 @@ def test_a_simulated_endpoint_needs_no_server() -> None:
 
 @pytest.mark.real
 def test_llama_cpp_as_critic_and_teacher(tmp_path) -> None:
-    spec = EndpointSpec(provider="llama_cpp", gguf=gguf(), model="smollm2-135m", concurrency=2, context_length=1024)
+    spec = EndpointSpec(
+        provider="llama_cpp", gguf=gguf(), model="smollm2-135m", concurrency=2, context_length=1024
+    )
     prompt = Prompt.from_text("Name a fruit.")
-    pair = [Completion(prompt_id=prompt.id, generator=name, text=name) for name in ("An apple.", "A stone, a brick.")]
+    pair = [
+        Completion(prompt_id=prompt.id, generator=name, text=name)
+        for name in ("An apple.", "A stone, a brick.")
+    ]
     items = [Comparison(prompt=prompt, a=pair[0], b=pair[1])]
     with start_service(tmp_path) as service, service.client() as client:
         with running(spec) as endpoint:
             first = client.judge(endpoint, "ab_logprob", items)
-            (answer,) = client.complete(endpoint, [prompt], generator="smollm2", max_tokens=8, temperature=0.0)
+            (answer,) = client.complete(
+                endpoint, [prompt], generator="smollm2", max_tokens=8, temperature=0.0
+            )
             assert answer.text
             assert answer.usage.completion_tokens > 0
         parts = client.judgements(client.last_job) or first

@@ -78,7 +78,9 @@ def test_retries_recover_what_can_be_recovered(tmp_path) -> None:
 
 def test_failures_are_asked_again_by_the_next_job_and_answers_are_not(tmp_path) -> None:
     items = tuple(planted(80))
-    job = JudgeJob(endpoint=simulated(max_attempts=1, failure_rate=0.3), critic="laif_basic", comparisons=items)
+    job = JudgeJob(
+        endpoint=simulated(max_attempts=1, failure_rate=0.3), critic="laif_basic", comparisons=items
+    )
     first, *_ = run_job(tmp_path, job)
     assert first.calls == 160
     assert first.counts["failed"] > 10
@@ -121,7 +123,9 @@ def test_accuracy_is_what_was_asked_for_and_noise_agrees_between_the_orders(tmp_
 def test_sharpness_and_position_bias_are_logits(tmp_path) -> None:
     import math
 
-    (only,) = judge(tmp_path, simulated(sharpness=1.5, position_bias=0.5), "ab_logprob", [comparison(1, 0.1, 0.9)])
+    (only,) = judge(
+        tmp_path, simulated(sharpness=1.5, position_bias=0.5), "ab_logprob", [comparison(1, 0.1, 0.9)]
+    )
     # b is better. Shown second, the bias is against it; shown first, for it.
     assert only.meta["p_ab"] == pytest.approx(1 / (1 + math.exp(-1.0)))
     assert only.meta["p_ba"] == pytest.approx(1 / (1 + math.exp(-2.0)))

@@ -10,7 +10,9 @@ from tests.labeling.helpers import planted
 
 
 def judgement(comparison_id: str, status: Status, p_b: float | None) -> Judgement:
-    return Judgement(comparison_id=comparison_id, critic="c", order="both", status=status, p_b=p_b, parts=("x", "y"))
+    return Judgement(
+        comparison_id=comparison_id, critic="c", order="both", status=status, p_b=p_b, parts=("x", "y")
+    )
 
 
 _OUTCOMES = st.one_of(

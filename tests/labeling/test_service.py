@@ -54,7 +54,9 @@ def test_a_job_of_20000_items_is_accepted_and_reported(service) -> None:
     items = planted(20_000)
     seen = []
     with service.client() as client:
-        judgements = client.judge(SPEC, "laif_basic", items, order="seeded", on_progress=lambda s: seen.append(s.done))
+        judgements = client.judge(
+            SPEC, "laif_basic", items, order="seeded", on_progress=lambda s: seen.append(s.done)
+        )
         assert [j.comparison_id for j in judgements] == [item.id for item in items]
         assert all((j.p_b > 0.5) == (truth(item) == 1.0) for item, j in zip(items, judgements))
         assert seen == sorted(seen)
@@ -222,5 +224,8 @@ def test_an_unreachable_service_is_reported(tmp_path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    with LabelClient(url, patience=0.2) as client, pytest.raises(LabelServiceError, match="laif serve labels"):
+    with (
+        LabelClient(url, patience=0.2) as client,
+        pytest.raises(LabelServiceError, match="laif serve labels"),
+    ):
         client.judge(SPEC, "laif_basic", planted(1))

@@ -41,6 +41,14 @@ def test_a_future_that_is_done_means_the_row_is_in_the_file(tmp_path) -> None:
         store.write(responses=[response("late")]).result(10)
 
 
+def test_commits_are_synchronous(tmp_path) -> None:
+    store = Store(tmp_path)
+    with store.engine.connect() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2  # FULL: survives power loss
+    store.close()
+
+
 def test_what_is_queued_is_written_on_close(tmp_path) -> None:
     store = Store(tmp_path)
     for number in range(3000):
