@@ -26,6 +26,7 @@ from laif_jax.models.config import ModelConfig
 from laif_jax.models.decoder import decode_step, init_cache, logits, unstack_layers
 from laif_jax.models.decoder import prefill as prefill_model
 from laif_jax.rollout.buckets import length_bucket
+from laif_jax.rollout.placement import place, row_sharding, row_shards, to_host, using
 from laif_jax.rollout.sampling import SamplingParams, sample, token_logps, top_logps
 
 TRACES: Counter[str] = Counter()  # how often each function was traced; tests hold compilation down with it
@@ -214,29 +215,6 @@ def compiled(
     )
 
 
-def mesh_of(params: Any) -> Mesh | None:
-    """The mesh that the parameters are spread over, if they are."""
-    for leaf in jax.tree.leaves(params):
-        sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1:
-            return sharding.mesh
-    return None
-
-
-def row_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the mesh's axes data and fsdp; what a row holds is whole."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-
-
-def to_host(x: jax.Array) -> np.ndarray:
-    """The whole array as NumPy, on every host."""
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
-
-
 # ---- engine ----------------------------------------------------------------------------------------------------
 
 
@@ -261,13 +239,14 @@ class Engine:
         """`max_length`: tokens of prompt and output together; None: the model's context."""
         self.cfg = cfg
         self.dtype = jnp.dtype(dtype)
-        self.mesh = mesh_of(params) if mesh is None else mesh
         self.pad_id = pad_id or 0  # any token will do: padding is masked by length
         ends = list(cfg.eos_ids if eos_ids is None else eos_ids)
         # Padded with an id that no token has, so that models and templates with few ends share a compiled shape.
         self.eos_ids = np.asarray(ends + [-1] * (-len(ends) % 8 or 8 * (not ends)), np.int32)
         self.max_length = min(max_length or cfg.max_position, cfg.max_position)
-        self.params = _unstack(params, cfg, self.dtype)
+        params, self.mesh = place(params, mesh)
+        with using(self.mesh):
+            self.params = _unstack(params, cfg, self.dtype)
         self._key_width = jax.random.key_data(jax.random.key(0)).shape[-1]
 
     def seeded_key(self, seed: int, index: int) -> np.ndarray:
@@ -278,7 +257,7 @@ class Engine:
     @property
     def row_multiple(self) -> int:
         """Rows of a batch are a multiple of this: the devices that they are spread over."""
-        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return row_shards(self.mesh)
 
     def run(
         self,
@@ -308,13 +287,14 @@ class Engine:
         tokens, lengths, settings = self._arrays(rows, size, width)
         run = compiled(self.cfg, self.dtype, capacity, top, self.mesh)
         cache_length = min(width + capacity, self.max_length)
-        state = run.prefill(self.params, tokens, lengths, settings, self.eos_ids, cache_length)
         keep = np.ones((size,), bool)
         step = np.int32(capacity if chunk is None else chunk)
-        while to_host(state.alive).any():
-            state = run.decode(self.params, state, settings, self.eos_ids, keep, step)
-            if halt is not None:
-                keep[: len(rows)] &= ~np.asarray(halt(_outputs(state, len(rows))), bool)
+        with using(self.mesh):
+            state = run.prefill(self.params, tokens, lengths, settings, self.eos_ids, cache_length)
+            while to_host(state.alive).any():
+                state = run.decode(self.params, state, settings, self.eos_ids, keep, step)
+                if halt is not None:
+                    keep[: len(rows)] &= ~np.asarray(halt(_outputs(state, len(rows))), bool)
         return _outputs(state, len(rows))
 
     def _check(self, rows: Sequence[Row], capacity: int, batch_size: int) -> None:

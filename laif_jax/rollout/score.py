@@ -14,8 +14,9 @@ from laif_jax.models.config import ModelConfig
 from laif_jax.models.decoder import hidden_states, logits
 from laif_jax.models.heads import token_logps
 from laif_jax.rollout.buckets import batch_bucket, length_bucket, plan
-from laif_jax.rollout.engine import TRACES, mesh_of, row_sharding, to_host
+from laif_jax.rollout.engine import TRACES
 from laif_jax.rollout.generate import Sample
+from laif_jax.rollout.placement import place, row_sharding, row_shards, to_host, using
 from laif_jax.rollout.sampling import token_logps as gather_logps
 
 
@@ -47,19 +48,19 @@ def score(
     rows = _joined(cfg, prompts, completions)
     if temperature <= 0:
         raise ValueError(f"temperature {temperature}: log-probs need one above 0; for greedy samples use 1")
-    mesh = mesh_of(params) if mesh is None else mesh
-    multiple = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    size = batch_bucket(len(rows), batch_size, multiple)
+    params, mesh = place(params, mesh)
+    size = batch_bucket(len(rows), batch_size, row_shards(mesh))
     run = _compiled(cfg, jnp.dtype(dtype), chunk, temperature != 1.0, mesh)
     scored = [np.zeros((0,), np.float32)] * len(rows)
     for batch in plan([len(row) for row in rows], size):
         width = length_bucket(max(len(rows[i]) for i in batch), cfg.max_position)
         tokens, lengths = np.zeros((size, width), np.int32), np.zeros((size,), np.int32)
-        for place, i in enumerate(batch):
-            tokens[place, : len(rows[i])], lengths[place] = rows[i], len(rows[i])
-        logps = to_host(run(params, tokens, lengths, np.float32(temperature)))
-        for place, i in enumerate(batch):
-            scored[i] = logps[place, len(prompts[i]) : len(rows[i])]
+        for slot, i in enumerate(batch):
+            tokens[slot, : len(rows[i])], lengths[slot] = rows[i], len(rows[i])
+        with using(mesh):
+            logps = to_host(run(params, tokens, lengths, np.float32(temperature)))
+        for slot, i in enumerate(batch):
+            scored[i] = logps[slot, len(prompts[i]) : len(rows[i])]
     return scored
 
 
