@@ -8,7 +8,7 @@ with an explicit cache. Weights are kept in their own dtype and cast to the comp
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -20,7 +20,7 @@ from laif_jax.models.arch import ModelConfig
 from laif_jax.models.attention import Visibility, attention, decode_attention, visibility
 from laif_jax.models.rope import rope_tables, rotate
 from laif_jax.models.sharding import compiler_partitioned, spec_of
-from laif_jax.models.specs import ParamSpec, block_specs, param_specs
+from laif_jax.models.specs import ParamSpec, Specs, block_specs, param_specs
 from laif_jax.parallel.rules import constrain
 
 Array = jax.Array
@@ -228,20 +228,22 @@ def init_params(
 
     Each array's key is folded from its path, so that adding a parameter changes no other.
     """
-    make = _initializer_of(cfg, jnp.dtype(dtype))
-    return jax.jit(make, out_shardings=shardings)(key)
+    return init_tree(param_specs(cfg), key, dtype, shardings)
 
 
-@lru_cache(maxsize=32)
-def _initializer_of(cfg: ModelConfig, dtype: Any) -> Callable[[Array], dict[str, Any]]:
+def init_tree(
+    specs: Specs, key: Array, dtype: Any = jnp.float32, shardings: Any | None = None
+) -> dict[str, Any]:
+    """New arrays for any part of a tree of specs, with the paths that they have in the whole tree."""
+
+    def leaf(key: Array, path: tuple[Any, ...], spec: ParamSpec) -> Array:
+        name = "/".join(entry.key for entry in path)
+        return _initializer(spec)(jax.random.fold_in(key, zlib.crc32(name.encode())), spec.shape, dtype)
+
     def make(key: Array) -> dict[str, Any]:
-        def leaf(path: tuple[Any, ...], spec: ParamSpec) -> Array:
-            name = "/".join(entry.key for entry in path)
-            return _initializer(spec)(jax.random.fold_in(key, zlib.crc32(name.encode())), spec.shape, dtype)
+        return jax.tree_util.tree_map_with_path(partial(leaf, key), specs)
 
-        return jax.tree_util.tree_map_with_path(leaf, param_specs(cfg))
-
-    return make
+    return jax.jit(make, out_shardings=shardings)(key)
 
 
 def _embed(params: Params, cfg: ModelConfig, tokens: Array, dtype: Any) -> Array:

@@ -1,13 +1,14 @@
 """Low-rank adapters (Hu et al. 2021): W + (alpha / rank) A B on the linear layers that the spec names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from laif_jax.models.arch import ModelConfig
-from laif_jax.models.decoder import Params, init_params
+from laif_jax.models.decoder import Params, init_tree
+from laif_jax.models.specs import param_specs
 
 Array = jax.Array
 
@@ -27,8 +28,11 @@ def _map_linears(
     return walk(dict(tree), ())
 
 
-def add_lora(params: Params, cfg: ModelConfig, key: Array) -> dict[str, Any]:
+def add_lora(params: Params, cfg: ModelConfig, key: Array, shardings: Any | None = None) -> dict[str, Any]:
     """Adds the adapters that `cfg.lora` asks for. B starts at zero, so the model computes what it did before.
+
+    Args:
+      params: of the model without adapters; not copied. shardings: tree for the model with adapters, or None.
 
     Raises:
       ValueError: `cfg.lora` is None.
@@ -37,15 +41,27 @@ def add_lora(params: Params, cfg: ModelConfig, key: Array) -> dict[str, Any]:
         raise ValueError(
             "add_lora: the model's configuration has no `lora`; give it one (dataclasses.replace)"
         )
-    fresh = init_params(cfg, key)
+    new = init_tree(_adapters(param_specs(cfg)), key, shardings=_adapters(shardings) if shardings else None)
 
     def change(linear: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-        new: Any = fresh
+        adapter: Any = new
         for name in path:
-            new = new[name]
-        return linear | {name: leaf for name, leaf in new.items() if name.startswith("lora_")}
+            adapter = adapter.get(name, {})
+        return linear | adapter
 
     return _map_linears(params, change)
+
+
+def _adapters(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a tree that belongs to adapters."""
+    part = {}
+    for name, child in tree.items():
+        if isinstance(child, Mapping):
+            if inner := _adapters(child):
+                part[name] = inner
+        elif name.startswith("lora_"):
+            part[name] = child
+    return part
 
 
 def merge_lora(params: Params, cfg: ModelConfig) -> dict[str, Any]:

@@ -34,6 +34,12 @@ def golden_logits(name: str) -> list[np.ndarray]:
         return np.split(arrays[name], np.cumsum(LENGTHS)[:-1])
 
 
+def golden_steps(name: str) -> np.ndarray:
+    """What `transformers` computes for the first row, generating after a prompt of 9 tokens: [steps, vocab]."""
+    with np.load(FOLDER / "logits.npz") as arrays:
+        return arrays[f"{name}/steps"]
+
+
 def rows(cfg: ModelConfig, pad: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The golden rows right-padded with `pad`: tokens, positions, segment_ids, int32 [rows, longest]."""
     tokens = np.full((len(LENGTHS), max(LENGTHS)), pad, np.int32)

@@ -23,6 +23,7 @@ from tests.models.golden_state import draw, draw_tokens  # noqa: E402
 OUT = ROOT / "tests" / "models" / "goldens"
 VOCAB = 99
 LENGTHS = (22, 13, 5)
+PROMPT = 9
 
 _SIZES = {
     "vocab_size": VOCAB,
@@ -116,7 +117,9 @@ CASES = {
     ),
     "mistral": _other("mistral", "MistralForCausalLM", sliding_window=6),
     "mistral_full": _other("mistral", "MistralForCausalLM", sliding_window=None, head_dim=12),
-    "qwen2": _other("qwen2", "Qwen2ForCausalLM", use_sliding_window=False, sliding_window=6, max_window_layers=1),
+    "qwen2": _other(
+        "qwen2", "Qwen2ForCausalLM", use_sliding_window=False, sliding_window=6, max_window_layers=1
+    ),
     "qwen2_sliding": _other(
         "qwen2",
         "Qwen2ForCausalLM",
@@ -186,22 +189,42 @@ def _logits(model, rows, mask):
         return model(input_ids=torch.tensor(rows), attention_mask=torch.tensor(mask)).logits.numpy()
 
 
+def _step_by_step(model, row, prompt):
+    """Logits [length - prompt + 1, vocab] of generation with a cache: after the prompt, then after each token."""
+    out, cache = [], None
+    with torch.no_grad():
+        for start, stop in [(0, prompt)] + [(i, i + 1) for i in range(prompt, len(row))]:
+            result = model(
+                torch.tensor(row[None, start:stop].tolist()), past_key_values=cache, use_cache=True
+            )
+            cache = result.past_key_values
+            out.append(result.logits[0, -1].numpy())
+    return np.stack(out)
+
+
 def make(fields):
-    """Runs one case. Returns what the JSON keeps, and logits float32 [sum of lengths, vocab], row after row."""
+    """Runs one case. Returns what the JSON keeps, logits float32 [sum of lengths, vocab] row after row, and, for
+    dynamic rope, those of the first row when generated token by token."""
     arguments = {key: value for key, value in fields.items() if key not in ("model_type", "architectures")}
     config = AutoConfig.for_model(fields["model_type"], **arguments)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     gemma = fields["model_type"].startswith("gemma")
     state = model.state_dict()
     # In memory transformers 5 renames GPT-NeoX's head; files keep the old name.
-    stored = {name: name.replace("lm_head", "embed_out") if "neox" in str(state.keys()) else name for name in state}
-    drawn = {name: torch.tensor(draw(stored[name], tuple(value.shape), gemma)) for name, value in state.items()}
+    stored = {
+        name: name.replace("lm_head", "embed_out") if "neox" in str(state.keys()) else name for name in state
+    }
+    drawn = {
+        name: torch.tensor(draw(stored[name], tuple(value.shape), gemma)) for name, value in state.items()
+    }
     if config.tie_word_embeddings:
         drawn["lm_head.weight"] = drawn["model.embed_tokens.weight"]
     model.load_state_dict(drawn)
     tokens = draw_tokens(LENGTHS, VOCAB)
     # Shortest first: a model with dynamic rope keeps the frequencies of the longest row that it has seen.
-    alone = {len(row): _logits(model, row[None].tolist(), np.ones((1, len(row))))[0] for row in reversed(tokens)}
+    alone = {
+        len(row): _logits(model, row[None].tolist(), np.ones((1, len(row))))[0] for row in reversed(tokens)
+    }
     alone = [alone[len(row)] for row in tokens]
     padded = np.zeros((len(LENGTHS), max(LENGTHS)), np.int64)
     mask = np.zeros_like(padded)
@@ -212,22 +235,30 @@ def make(fields):
         difference = np.abs(together[i, : len(row)] - row).max()
         if "dynamic" not in str(fields.get("rope_scaling")):
             assert difference < 1e-5 * np.abs(row).max(), (fields, difference)
+    dynamic = "dynamic" in str(fields.get("rope_scaling"))
+    # The shortest row brings the frequencies back to the unscaled ones.
+    _logits(model, tokens[-1][None].tolist(), np.ones((1, len(tokens[-1]))))
+    steps = _step_by_step(model, tokens[0], PROMPT) if dynamic else None
     saved = json.loads(config.to_json_string())
     saved["architectures"] = fields["architectures"]
     shapes = {stored[name]: list(value.shape) for name, value in state.items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight")
-    return {"config": fields, "saved_config": saved, "shapes": shapes}, np.concatenate(alone)
+    return {"config": fields, "saved_config": saved, "shapes": shapes}, np.concatenate(alone), steps
 
 
 def main():
     OUT.mkdir(exist_ok=True)
     cases, arrays = {}, {}
     for name, fields in CASES.items():
-        cases[name], arrays[name] = make(fields)
+        cases[name], arrays[name], steps = make(fields)
+        if steps is not None:
+            arrays[f"{name}/steps"] = steps
         print(f"{name}: max |logit| {np.abs(arrays[name]).max():.2f}, std {arrays[name].std():.2f}")
     text = ",\n".join(f"{json.dumps(name)}: {json.dumps(case)}" for name, case in cases.items())
-    (OUT / "cases.json").write_text('{"lengths": ' + json.dumps(LENGTHS) + ',\n"cases": {\n' + text + "\n}}\n")
+    (OUT / "cases.json").write_text(
+        '{"lengths": ' + json.dumps(LENGTHS) + ',\n"cases": {\n' + text + "\n}}\n"
+    )
     np.savez_compressed(OUT / "logits.npz", **arrays)
 
 

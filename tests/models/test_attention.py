@@ -1,0 +1,138 @@
+"""Every attention against loops in NumPy, and their gradients against each other."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from laif_jax.models import attention as module
+from laif_jax.models.attention import (
+    attention,
+    blockwise_attention,
+    decode_attention,
+    naive_attention,
+    visibility,
+)
+
+
+def loops(q, k, v, segments, window, softcap, scale):
+    """One query at a time in float64; zeros at padding."""
+    out = np.zeros(q.shape)
+    group = q.shape[2] // k.shape[2]
+    for r, t, n in np.ndindex(q.shape[:3]):
+        if segments[r, t] == 0:
+            continue
+        seen = [
+            s for s in range(t + 1) if segments[r, s] == segments[r, t] and (window == 0 or t - s < window)
+        ]
+        scores = np.array([q[r, t, n].astype(np.float64) @ k[r, s, n // group] * scale for s in seen])
+        if softcap is not None:
+            scores = np.tanh(scores / softcap) * softcap
+        weights = np.exp(scores - scores.max())
+        out[r, t, n] = sum(w * v[r, s, n // group] for w, s in zip(weights / weights.sum(), seen))
+    return out
+
+
+def draw(seed, rows=2, length=13, heads=4, kv_heads=2, size=6):
+    random = np.random.default_rng(seed)
+    q = random.normal(size=(rows, length, heads, size)).astype(np.float32)
+    k, v = random.normal(size=(2, rows, length, kv_heads, size)).astype(np.float32)
+    ends = np.sort(random.integers(1, length + 1, (rows, 2)), axis=1)
+    index = np.arange(length)
+    segments = np.where(index < ends[:, :1], 1, np.where(index < ends[:, 1:], 2, 0)).astype(np.int32)
+    return q, k, v, segments
+
+
+def short(q, k, v, segments, window, softcap, scale):
+    vis = visibility(jnp.asarray(segments), window)
+    return attention(q, k, v, vis, window=window, softcap=softcap, scale=scale)
+
+
+def scanned(q, k, v, segments, window, softcap, scale):
+    """As in a model whose layers differ: the window is a traced number."""
+    vis = visibility(jnp.asarray(segments))
+    return attention(q, k, v, vis, window=jnp.int32(window), softcap=softcap, scale=scale)
+
+
+def blockwise(q, k, v, segments, window, softcap, scale, block=4):
+    options = {"softcap": softcap, "scale": scale, "block": block}
+    return blockwise_attention(q, k, v, jnp.asarray(segments), window=window, **options)
+
+
+def blockwise_scanned(q, k, v, segments, window, softcap, scale):
+    return blockwise(q, k, v, segments, jnp.int32(window), softcap, scale)
+
+
+FORMS = [short, scanned, blockwise, blockwise_scanned]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), window=st.sampled_from([0, 1, 3, 5, 40]), softcap=st.sampled_from([None, 1.5])
+)
+def test_equals_the_loops(form, seed, window, softcap):
+    q, k, v, segments = draw(seed)
+    run = jax.jit(form, static_argnums=(4, 5, 6))
+    out = np.asarray(run(q, k, v, segments, window, softcap, 0.4))
+    assert np.all(np.isfinite(out))
+    expected = loops(q, k, v, segments, window, softcap, 0.4)
+    np.testing.assert_allclose(np.where(segments[..., None, None] > 0, out, 0), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("block", [1, 5, 16])
+def test_blocks_of_any_size_and_any_grouping_equal_the_naive_form_in_gradient(block, kv_heads):
+    q, k, v, segments = draw(3, kv_heads=kv_heads)
+    weights = np.where(segments[..., None, None] > 0, np.random.default_rng(1).normal(size=q.shape), 0)
+
+    def loss(form, q, k, v):
+        return jnp.sum(weights * form(q, k, v, segments, 4, 2.0, 0.5))
+
+    naive = jax.jit(jax.value_and_grad(partial(loss, short), argnums=(0, 1, 2)))(q, k, v)
+    blocks = jax.jit(jax.value_and_grad(partial(loss, partial(blockwise, block=block)), argnums=(0, 1, 2)))(
+        q, k, v
+    )
+    for a, b in zip(jax.tree.leaves(blocks), jax.tree.leaves(naive)):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(0, None), (4, 1.5)])
+def test_decoding_equals_the_last_query_of_a_row(window, softcap):
+    q, k, v, _ = draw(5, rows=3)
+    index = np.array([12, 0, 7], np.int32)
+    cache = [np.swapaxes(x, 1, 2) for x in (k, v)]
+    query = q[np.arange(3), index][:, None]
+    out = decode_attention(query, *cache, index, window=window, softcap=softcap, scale=0.4)
+    expected = loops(q, k, v, np.ones(q.shape[:2], int), window, softcap, 0.4)
+    np.testing.assert_allclose(np.asarray(out)[:, 0], expected[np.arange(3), index], atol=2e-6)
+
+
+def test_long_rows_go_blockwise_without_a_square_array(monkeypatch):
+    q, k, v, segments = draw(7)
+    expected = short(q, k, v, segments, 0, None, 0.4)
+    monkeypatch.setattr(module, "BLOCKWISE_ABOVE", 8)
+    assert visibility(jnp.asarray(segments)).mask is None
+    out = short(q, k, v, segments, 0, None, 0.4)
+    real = segments > 0
+    np.testing.assert_allclose(np.asarray(out)[real], np.asarray(expected)[real], atol=2e-6)
+    windowed = short(q, k, v, segments, 3, None, 0.4)  # a shared window has no mask to live in
+    np.testing.assert_allclose(
+        np.asarray(windowed)[real], loops(q, k, v, segments, 3, None, 0.4)[real], atol=2e-6
+    )
+
+
+def test_softmax_is_float32_in_bfloat16_compute():
+    q, k, v, segments = (jnp.asarray(x) for x in draw(9))
+    mask = visibility(segments).mask
+    assert mask is not None
+    jaxpr = jax.make_jaxpr(lambda q, k, v: naive_attention(q, k, v, mask, softcap=None, scale=1.0))(
+        *(x.astype(jnp.bfloat16) for x in (q, k, v))
+    )
+    kinds = [str(e.outvars[0].aval) for e in jaxpr.jaxpr.eqns if e.primitive.name == "dot_general"]
+    assert kinds[0].startswith("float32")
+    assert str(jaxpr.out_avals[0]).startswith("bfloat16")
