@@ -1,4 +1,4 @@
-"""The command line: parses arguments, calls one function, turns expected errors into one message."""
+"""The command line: parses arguments, calls one function, shows errors that a user can mend as one message."""
 
 import argparse
 import logging
@@ -6,13 +6,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from laif_jax.config import ConfigError
-from laif_jax.records import DataError
+from laif_jax.records import LaifError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `laif ARGUMENTS` and returns its exit status: 0 done, 1 a stage failed, 2 a mistake in what was asked."""
     options = _parser().parse_args(arguments)
+    # Read when JAX and transformers are imported, which the verbs do.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     logging.basicConfig(
         level=logging.DEBUG if options.verbose else logging.INFO,
         format="%(asctime)s %(message)s",
@@ -28,28 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
-    except _expected_errors() as error:
+    except (LaifError, OSError) as error:
         if options.verbose:
             raise
         print(f"laif: {error}", file=sys.stderr)
         return 2
-
-
-def _expected_errors() -> tuple[type[Exception], ...]:
-    """Errors that carry a message for the user; anything else is a defect and shows its traceback."""
-    errors: list[type[Exception]] = [ConfigError, DataError]
-    # Only what was imported can have been raised, and `laif serve labels` never imports JAX.
-    for module, names in {
-        "laif_jax.models.arch": ("UnsupportedModelError",),
-        "laif_jax.models.safetensors": ("WeightsError",),
-        "laif_jax.models.fetch": ("FetchError",),
-        "laif_jax.stages.artifact": ("StageError",),
-        "laif_jax.parallel.mesh": ("MeshError",),
-        "laif_jax.labeling.errors": ("LabelError",),
-    }.items():
-        if module in sys.modules:
-            errors += [getattr(sys.modules[module], name) for name in names]
-    return tuple(errors)
 
 
 # ---- verbs -----------------------------------------------------------------------------------------------------
@@ -111,7 +96,7 @@ def _serve_model(options: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "-v", "--verbose", action="store_true", help="debug log, and tracebacks of expected errors"
+        "-v", "--verbose", action="store_true", help="debug log, and tracebacks of all errors"
     )
     parser = argparse.ArgumentParser(
         prog="laif",
@@ -161,8 +146,3 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--port", type=int, default=8000)
     model.add_argument("--template", choices=("model", "human_assistant"), default="model")
     return parser
-
-
-# A laptop's CPU is the default device only when nothing better is there; JAX itself decides, quietly.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

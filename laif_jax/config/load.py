@@ -15,9 +15,10 @@ import yaml
 from etils import epath
 
 from laif_jax.config.schema import ArmSpec, StudyConfig
+from laif_jax.records.errors import LaifError
 
 
-class ConfigError(ValueError):
+class ConfigError(LaifError, ValueError):
     """A configuration that cannot be used; the message names the file, the dotted key and the nearest valid name."""
 
 

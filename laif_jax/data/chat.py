@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerBase
 
 from laif_jax.data.templates import Format, Parts, TemplateName, Turn, get_format
 from laif_jax.records import Message
+from laif_jax.records.errors import LaifError
 
 Messages = Sequence[Message | Mapping[str, str]]
 
 
-class PromptTooLongError(ValueError):
+class PromptTooLongError(LaifError, ValueError):
     """A prompt does not fit, and may not or cannot be cut."""
 
 

@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from laif_jax.records.errors import LaifError
+
 TemplateName = Literal["model", "human_assistant"]
 Turn = dict[str, str]
 
@@ -21,7 +23,7 @@ _PROBE = "\ue000laif\ue000"  # private-use text that no template changes; stands
 _FIXED: dict[str, Any] = {"date_string": "26 Jul 2024"}
 
 
-class TemplateError(ValueError):
+class TemplateError(LaifError, ValueError):
     """The tokenizer has no chat template, or one that cannot be turned into tokens and a loss mask."""
 
 

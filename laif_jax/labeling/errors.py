@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from laif_jax.records.errors import LaifError
 
-class LabelError(Exception):
+
+class LabelError(LaifError):
     """Base of the labelling errors that a user can meet; the message says what, where and what to do."""
 
 

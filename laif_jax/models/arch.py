@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from laif_jax.config.schema import LoraSpec
+from laif_jax.records.errors import LaifError
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_neox"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(LaifError, ValueError):
     """The model (or one field of its `config.json`) asks for maths that this decoder does not have."""
 
 

@@ -15,6 +15,8 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
+from laif_jax.records.errors import LaifError
+
 logger = logging.getLogger(__name__)
 
 _TIMEOUT = 10.0  # seconds for the Hub's first answer
@@ -23,7 +25,7 @@ _MARKER = "fetched.json"  # written last: the folder is complete
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 
 
-class FetchError(RuntimeError):
+class FetchError(LaifError, RuntimeError):
     """A model could not be fetched, or is not what it should be; says what was tried and what to do."""
 
 

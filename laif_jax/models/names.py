@@ -20,6 +20,7 @@ import numpy as np
 
 from laif_jax.models.arch import ModelConfig
 from laif_jax.models.specs import param_specs
+from laif_jax.records.errors import LaifError
 
 Path = tuple[str, ...]
 Slices = tuple[slice, ...]
@@ -90,7 +91,7 @@ _HARMLESS = re.compile(
 _SHOWN = 6  # names listed in an error
 
 
-class WeightsError(ValueError):
+class WeightsError(LaifError, ValueError):
     """A weight file is missing, cut short, malformed or does not fit the config; says what, where and what to do."""
 
 

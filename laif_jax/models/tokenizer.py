@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from laif_jax.records.errors import LaifError
 from laif_jax.worlds.symbols import CHARSET
 
 SYMBOLS = "symbols"
@@ -24,7 +25,7 @@ _SYMBOLS_TEMPLATE = (
 _FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
-class TokenizerError(ValueError):
+class TokenizerError(LaifError, ValueError):
     """A tokenizer cannot be found or read; the message says where and what to do."""
 
 

@@ -13,13 +13,15 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from laif_jax.records.errors import LaifError
+
 log = logging.getLogger(__name__)
 
 # Set by hand or by a launcher: all three, or none.
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-class DistributedError(RuntimeError):
+class DistributedError(LaifError, RuntimeError):
     """The processes of a run could not find each other, or one of them failed where all wait."""
 
 

@@ -14,12 +14,13 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from laif_jax.config.schema import MeshSpec
+from laif_jax.records.errors import LaifError
 
 AXES = ("data", "fsdp", "tensor")
 ROW_AXES = ("data", "fsdp")  # the axes that split the rows of a batch
 
 
-class MeshError(ValueError):
+class MeshError(LaifError, ValueError):
     """The mesh that the configuration asks for cannot be laid over the devices."""
 
 

@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from laif_jax.parallel.mesh import ROW_AXES
+from laif_jax.records.errors import LaifError
 
 Tree = TypeVar("Tree")
 
@@ -33,7 +34,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
 SMALL = 2**20
 
 
-class ShardingError(ValueError):
+class ShardingError(LaifError, ValueError):
     """An array cannot be laid over the mesh as the rules say."""
 
 

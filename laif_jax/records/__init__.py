@@ -1,5 +1,6 @@
 """Data contracts that every room shares, and their reading and writing. No JAX here."""
 
+from laif_jax.records.errors import LaifError
 from laif_jax.records.hashing import content_id, file_sha256, fingerprint
 from laif_jax.records.io import (
     DataError,
@@ -26,6 +27,7 @@ __all__ = [
     "Completion",
     "DataError",
     "Judgement",
+    "LaifError",
     "Message",
     "Preference",
     "Prompt",

@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from laif_jax.records.errors import LaifError
 from laif_jax.records.types import Record
 
 PathLike = str | os.PathLike[str]
@@ -22,7 +23,7 @@ _JSON_COLUMNS = b"laif_json_columns"
 """Key of the Parquet schema's metadata that lists the columns whose values are stored as JSON text."""
 
 
-class DataError(ValueError):
+class DataError(LaifError, ValueError):
     """A data file is missing, empty or malformed; the message says which file, which row, and what to do."""
 
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from laif_jax.config.schema import SamplingSpec
 from laif_jax.models.config import ModelConfig
+from laif_jax.records.errors import LaifError
 from laif_jax.rollout.buckets import batch_bucket, plan
 from laif_jax.rollout.engine import Engine, Row, RowOutput
 
@@ -43,7 +44,7 @@ class Sample:
     top_logprobs: list[list[tuple[int, float]]] | None = None
 
 
-class PromptTooLongError(ValueError):
+class PromptTooLongError(LaifError, ValueError):
     """A prompt leaves no room for a single new token."""
 
 

@@ -19,6 +19,7 @@ from etils import epath
 
 from laif_jax.parallel import distributed
 from laif_jax.records import content_id, write_json
+from laif_jax.records.errors import LaifError
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 
 
-class StageError(RuntimeError):
+class StageError(LaifError, RuntimeError):
     """A stage cannot go on; the message says why and what to do. What was finished before stays."""
 
 

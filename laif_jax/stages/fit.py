@@ -93,7 +93,7 @@ def fit(
             mesh=ctx.mesh,
             hyper=optimizer_hyper(spec.optimizer) | dict(task.numbers),
             cache_dir=folder,
-            steps=batches.total_steps,
+            steps=min(batches.total_steps, batches.steps_per_epoch),
         )
     result = train(
         task,

@@ -29,8 +29,9 @@ def run(ctx: Context) -> Artifact:
 
     def work(folder: epath.Path) -> dict[str, Any]:
         train = load_prompts(data.train, data.root, ctx.seed, data.symbols)
-        # Every replicate is evaluated on the same prompts, so that arms can be paired over seeds.
-        evaluation = load_prompts(data.eval, data.root, ctx.config.seed, data.symbols)
+        # Every replicate is evaluated on the same prompts, so that arms can be paired over seeds; in the data's order,
+        # which benchmarks rely on.
+        evaluation = load_prompts(data.eval, data.root, ctx.config.seed, data.symbols, shuffle=False)
         held_out = {row.prompt.id for row in evaluation}
         kept = [row for row in train if row.prompt.id not in held_out]
         if not kept or not evaluation:

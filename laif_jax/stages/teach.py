@@ -97,6 +97,7 @@ def _from_service(
         temperature=spec.temperature,
         max_tokens=spec.max_tokens,
         generator=teacher,
+        seed=ctx.config.seed,
         on_progress=job_lines(f"completions of {teacher}"),
     )
     found = [answer for answer in answers if isinstance(answer, Completion) and answer.text.strip()]

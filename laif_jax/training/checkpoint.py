@@ -17,6 +17,7 @@ from etils import epath
 
 from laif_jax.parallel import barrier, is_main
 from laif_jax.records import fingerprint
+from laif_jax.records.errors import LaifError
 from laif_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ SPARE_BYTES = (
 )  # metadata, file-system blocks, and the log files that are written next to a checkpoint
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(LaifError, RuntimeError):
     """A checkpoint cannot be written, or none can be read; the message says where and what to do."""
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from laif_jax.parallel import ROW_AXES, host_to_global
+from laif_jax.records.errors import LaifError
 
 HOST_ONLY = (
     "pair_index",
@@ -16,7 +17,7 @@ HOST_ONLY = (
 )  # which rows of the data set a batch holds: for messages, not for devices
 
 
-class EmptyBatchError(ValueError):
+class EmptyBatchError(LaifError, ValueError):
     """A batch without a single supervised token or weighted pair: it has no loss."""
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from laif_jax.config.schema import TrainSpec
 from laif_jax.parallel import batch_shardings
+from laif_jax.records.errors import LaifError
 from laif_jax.training.checkpoint import Checkpointer, CheckpointError
 from laif_jax.training.feed import (
     Batches,
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 Callback = Callable[[int, TrainState], None]
 
 
-class NonFiniteError(FloatingPointError):
+class NonFiniteError(LaifError, FloatingPointError):
     """The loss or its gradient is not finite. The state before that step was saved."""
 
 

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from laif_jax.parallel import barrier, batch_shardings, gather_to_host, host_to_global, is_main
 from laif_jax.records import fingerprint
+from laif_jax.records.errors import LaifError
 from laif_jax.training.feed import Batches, to_device
 from laif_jax.training.state import TrainState, merge, state_shardings
 from laif_jax.training.step import make_train_step
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 HASHED = ("tokens", "segment_ids", "loss_mask", "chosen", "rejected", "pair_index")
 
 
-class MissingReferenceError(KeyError):
+class MissingReferenceError(LaifError, KeyError):
     """A pair has no reference log-prob."""
 
     def __str__(self) -> str:

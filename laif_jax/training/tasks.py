@@ -14,12 +14,13 @@ from laif_jax.models.decoder import hidden_states
 from laif_jax.models.heads import token_logps, token_stats
 from laif_jax.objectives import LossOut, preference_loss, segment_sums, sft_loss
 from laif_jax.parallel import constrain
+from laif_jax.records.errors import LaifError
 
 Remat = Literal["none", "full", "dots"]
 Reduction = Literal["token", "sequence"]
 
 
-class FirstStepError(RuntimeError):
+class FirstStepError(LaifError, RuntimeError):
     """The policy does not equal its reference before the first update: the wrong weights, pairs or reference."""
 
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 
 from laif_jax.config.schema import SymbolsSpec
 from laif_jax.records import Prompt
+from laif_jax.records.errors import LaifError
 
 CHARSET: str = " :abcdefghijklmnopqrstuvwxyz"
 """Every character that can occur in an instruction or an answer; the tokenizer is built from it."""
@@ -44,7 +45,7 @@ _COMPOSED = tuple(name for name in OPERATIONS if name != "copy")
 SPLITS: dict[str, range] = {"eval": range(2), "pretrain": range(2, 6), "train": range(6, 10)}
 
 
-class SymbolsError(ValueError):
+class SymbolsError(LaifError, ValueError):
     """An instruction that is not of this world, or a request for more prompts than it holds."""
 
 
