@@ -59,8 +59,8 @@ def truncate(logits: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array
         return jnp.where((p >= floor[:, None]) | (top_k <= 0)[:, None], p, 0.0)
 
     def cut_p(p: jax.Array) -> jax.Array:
-        floor = _threshold(p, p, top_p * p.sum(axis=-1))
-        floor = jnp.minimum(floor, p.max(axis=-1))
+        # A target above 0, so that a threshold beyond the best token never reaches it, not even for top_p = 0.
+        floor = _threshold(p, p, jnp.maximum(top_p * p.sum(axis=-1), jnp.finfo(p.dtype).tiny))
         return jnp.where((p >= floor[:, None]) | (top_p >= 1.0)[:, None], p, 0.0)
 
     kept = lax.cond(jnp.any(top_k > 0), cut_k, lambda p: p, probs)

@@ -222,7 +222,7 @@ def create_app(
     loaded = model if model is not None else load_model(checkpoint, dtype=jnp.dtype(dtype))
     service = ChatService(
         loaded,
-        name=name or Path(checkpoint).name or "model",
+        name=name or Path(checkpoint).absolute().name,
         fingerprint=fingerprint(checkpoint),
         template=template,
         dtype=jnp.dtype(dtype),

@@ -80,6 +80,14 @@ def test_greedy_is_argmax_with_log_prob_at_temperature_one():
     np.testing.assert_allclose(out.logps, np.log(reference_probs(logits, 1, 1, 0)).max(), atol=1e-6)
 
 
+@pytest.mark.parametrize("top_p", [0.0, 1e-30, 1e-3])
+def test_a_vanishing_top_p_leaves_the_best_token(top_p):
+    logits = np.random.default_rng(0).normal(size=29).astype(np.float32)
+    assert set(np.asarray(draws(logits, 50, SamplingParams(1.0, top_p, 0)).tokens).tolist()) == {
+        logits.argmax()
+    }
+
+
 def test_a_row_ignores_the_rows_beside_it():
     """A row's draw depends on its own logits, key and settings; greedy and sampled rows mix."""
     logits = jax.random.normal(jax.random.key(1), (6, 50))
