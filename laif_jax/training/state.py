@@ -140,7 +140,7 @@ def _init_optimizer(optimizer: optax.GradientTransformation, shardings: Any) -> 
 
 
 def _place(tree: Tree, shardings: Tree, dtype: Any, donate: bool) -> Tree:
-    """The tree in `dtype` (None: as it is) under `shardings`; a copy unless donated (`device_put` may share buffers)."""
+    """The tree in `dtype` (None: as is) under `shardings`; a copy unless donated (`device_put` may share buffers)."""
     tree = jax.device_put(tree, shardings)
     same = all(dtype is None or x.dtype == dtype for x in jax.tree.leaves(tree))
     return tree if donate and same else _copy(tree, dtype)
