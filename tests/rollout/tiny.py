@@ -15,7 +15,7 @@ VOCAB = 41
 
 @functools.cache
 def tiny(seed: int = 0, max_position: int = 64) -> tuple[ModelConfig, dict]:
-    """(cfg, params). The (tied) embeddings are scaled up, for a fresh model predicts almost uniformly."""
+    """(cfg, params). The head is scaled up, for a fresh model predicts almost uniformly."""
     spec = ScratchSpec(
         hidden_size=32,
         intermediate_size=48,
@@ -23,10 +23,11 @@ def tiny(seed: int = 0, max_position: int = 64) -> tuple[ModelConfig, dict]:
         num_heads=4,
         num_kv_heads=2,
         max_position=max_position,
+        tie_embeddings=False,  # with tied ones, a model of random weights repeats its last token
     )
     cfg = scratch(spec, VOCAB, eos_ids=(EOS,), pad_id=0)
     params = init_params(cfg, jax.random.key(seed))
-    return cfg, {**params, "embed": {"embedding": params["embed"]["embedding"] * 2.0}}
+    return cfg, {**params, "lm_head": {"kernel": params["lm_head"]["kernel"] * 2.0}}
 
 
 def prompts(n: int, longest: int = 16, seed: int = 0) -> list[list[int]]:

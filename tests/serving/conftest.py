@@ -15,7 +15,13 @@ from laif_jax.models.tokenizer import load_tokenizer
 from laif_jax.serving import create_app
 
 SPEC = ScratchSpec(
-    hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, max_position=64
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    max_position=64,
+    tie_embeddings=False,  # with tied ones, a model of random weights repeats its last token
 )
 
 
@@ -24,7 +30,7 @@ def make_model(tokenizer=None, spec: ScratchSpec = SPEC) -> Model:
     tokenizer = tokenizer or load_tokenizer("symbols")
     cfg = scratch(spec, len(tokenizer), eos_ids=(tokenizer.eos_token_id,), pad_id=tokenizer.pad_token_id)
     params = init_params(cfg, jax.random.key(3))
-    params["embed"]["embedding"] = params["embed"]["embedding"] * 2.0
+    params["lm_head"]["kernel"] = params["lm_head"]["kernel"] * 2.0
     return Model(cfg, params, tokenizer)
 
 
