@@ -103,12 +103,15 @@ def run_stage(
         "metrics": {},
     }
     before = manifest["seconds"]
-    _write(manifest_path, manifest)
     start = time.monotonic()
     logger.info("%s-%s: started", kind, key)
     try:
+        # A disk without room for the manifest is found here, before anything is computed.
+        distributed.from_main(lambda: write_json(manifest_path, manifest))
         metrics = distributed.from_main(lambda: dict(work(folder))) if main_only else work(folder)
-        manifest["metrics"] = dict(metrics)
+        manifest |= {"metrics": dict(metrics), "status": "done", "seconds": before + time.monotonic() - start}
+        distributed.barrier(f"{kind}-{key}")
+        _write(manifest_path, manifest)
     except BaseException as error:
         manifest |= {
             "status": "failed",
@@ -117,13 +120,10 @@ def run_stage(
         }
         if isinstance(error, Exception):
             manifest["traceback"] = traceback.format_exc()
-        _write(manifest_path, manifest)
+        _write_failure(manifest_path, manifest)
         if isinstance(error, StageError) or not isinstance(error, Exception):
             raise
         raise StageError(f"{kind}-{key}: {type(error).__name__}: {error}") from error
-    manifest |= {"status": "done", "seconds": before + time.monotonic() - start}
-    distributed.barrier(f"{kind}-{key}")
-    _write(manifest_path, manifest)
     logger.info("%s-%s: done in %.1f s", kind, key, manifest["seconds"] - before)
     return Artifact(folder, manifest)
 
@@ -132,15 +132,25 @@ def _read_manifest(path: epath.Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError:
-        logger.warning("%s is not valid JSON (cut off while it was written?); the stage is run again", path)
-        return None
+        manifest = json.loads(path.read_text())
+    except ValueError:  # not JSON, or not even text
+        manifest = None
+    if isinstance(manifest, dict) and "status" in manifest:
+        return manifest
+    logger.warning("%s is no manifest (cut off while it was written?); the stage is run again", path)
+    return None
 
 
 def _write(path: epath.Path, manifest: Mapping[str, Any]) -> None:
     if distributed.is_main():
         write_json(path, manifest)
+
+
+def _write_failure(path: epath.Path, manifest: Mapping[str, Any]) -> None:
+    try:
+        _write(path, manifest)
+    except OSError as error:  # must not hide why the stage failed, which is raised next
+        logger.error("%s", error)
 
 
 def versions() -> dict[str, str]:

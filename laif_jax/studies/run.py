@@ -9,6 +9,7 @@ from etils import epath
 
 from laif_jax.config import StudyConfig, dump_config, load_config
 from laif_jax.parallel import distributed
+from laif_jax.parallel.mesh import make_mesh
 from laif_jax.records import write_json
 from laif_jax.stages.artifact import StageError
 from laif_jax.stages.context import Context, Services
@@ -30,10 +31,11 @@ def run_study(config_path: str, overrides: Sequence[str] = ()) -> int:
       0, or 1 if a stage failed (the report then shows what finished, and why the rest did not).
 
     Raises:
-      ConfigError, DataError: a mistake that is found before any stage runs.
+      ConfigError, MeshError: a mistake that is found before any stage runs.
     """
     config = load_config(config_path, overrides)
     distributed.initialize()
+    make_mesh(config.mesh)  # a mesh that does not fit these devices would fail every stage that computes
     enable_compilation_cache()
     root = study_folder(config)
     if distributed.is_main():
