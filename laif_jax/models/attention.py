@@ -6,7 +6,7 @@ contracted with their shared key/value head directly; repeated keys are never ma
 What padding queries get is finite and otherwise unspecified.
 """
 
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ Window = int | Array | None  # int32 scalar: how many last tokens are seen; 0 or
 
 BLOCKWISE_ABOVE = 1024  # longer rows are done in blocks: no [T, T] array
 BLOCK = 512
+_FUSED: Literal["cudnn", "xla"] = "cudnn"
 _HIDDEN = -1e30  # finite, so that a query that sees nothing gives no NaN
 
 
@@ -26,10 +27,13 @@ class Visibility(NamedTuple):
     mask: Array | None
 
 
-def visibility(segment_ids: Array, window: int = 0) -> Visibility:
-    """Built once per forward pass, outside the loop over layers. `window`: the one that all layers share, or 0."""
+def visibility(segment_ids: Array, window: int = 0, *, fused: bool = False) -> Visibility:
+    """Built once per forward pass, outside the loop over layers.
+
+    `window`: the one that all layers share, or 0. `fused`: what `fused_applies` says; it needs the mask at any length.
+    """
     length = segment_ids.shape[1]
-    if length > BLOCKWISE_ABOVE and not _cudnn_possible():
+    if length > BLOCKWISE_ABOVE and not fused:
         return Visibility(segment_ids, None)
     mask = _visible(segment_ids, segment_ids, jnp.arange(length), jnp.arange(length), window)
     return Visibility(segment_ids, mask)
@@ -72,8 +76,8 @@ def attention(
     if window is not None and not isinstance(window, int):
         index = jnp.arange(q.shape[1])
         mask = mask & _in_window(index[:, None] - index[None, :], window)[None]
-    if softcap is None and _cudnn_possible() and _cudnn_fits(q):
-        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation="cudnn")
+    if fused_applies(q.shape[1], q.shape[3], softcap, q.dtype):
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation=_FUSED)
     return naive_attention(q, k, v, mask, softcap=softcap, scale=scale)
 
 
@@ -209,13 +213,15 @@ def decode_attention(
 # ---- cuDNN -------------------------------------------------------------------------------------------------------
 
 
-def _cudnn_possible() -> bool:
-    """Whether the default device is an NVIDIA GPU with tensor cores that cuDNN's fused attention supports."""
+def fused_applies(length: int, head_dim: int, softcap: float | None, dtype: Any) -> bool:
+    """Whether cuDNN's fused attention can run this: its own conditions, on a GPU that has it."""
+    shape_fits = length % 2 == 0 and head_dim % 8 == 0 and head_dim <= 128
+    return softcap is None and shape_fits and dtype in (jnp.bfloat16, jnp.float16) and _gpu_has_fused()
+
+
+def _gpu_has_fused() -> bool:
     if jax.default_backend() != "gpu":
         return False
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    return capability is not None and float(capability) >= 8.0
-
-
-def _cudnn_fits(q: Array) -> bool:
-    return q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    # An NVIDIA GPU from Ampere on; AMD GPUs name no such number.
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    return capability.replace(".", "", 1).isdigit() and float(capability) >= 8.0

@@ -67,7 +67,7 @@ def test_zero_at_first_tokens_and_padding_and_packing_changes_nothing():
         np.testing.assert_allclose(together[starts[i] : starts[i + 1]], padded[i, :length], atol=1e-5)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(rows=st.integers(1, 3), length=st.integers(2, 9), chunk=st.integers(4, 30), seed=st.integers(0, 99))
 def test_any_shape_and_chunk(rows, length, chunk, seed):
     cfg, params = model("llama2_gqa")
@@ -85,8 +85,10 @@ def arrays_of(jaxpr):
     """The shapes of all values in a jaxpr and in the jaxprs inside it."""
     for equation in jaxpr.eqns:
         yield from (getattr(out.aval, "shape", ()) for out in equation.outvars)
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            yield from arrays_of(inner)
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from arrays_of(inner)
 
 
 def test_no_array_of_rows_times_time_times_vocab_exists():
