@@ -86,7 +86,14 @@ def _serve_labels(options: argparse.Namespace) -> int:
 def _serve_model(options: argparse.Namespace) -> int:
     from laif_jax.serving import serve_model
 
-    serve_model(options.checkpoint, host=options.host, port=options.port, template=options.template)
+    serve_model(
+        options.checkpoint,
+        host=options.host,
+        port=options.port,
+        name=options.name,
+        template=options.template,
+        dtype=options.dtype,
+    )
     return 0
 
 
@@ -144,5 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("checkpoint", help="a folder in Hugging Face layout, a .gguf file or a fetchable name")
     model.add_argument("--host", default="127.0.0.1")
     model.add_argument("--port", type=int, default=8000)
+    model.add_argument("--name", help="the model's name in requests (default: the folder's)")
+    model.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of compute")
     model.add_argument("--template", choices=("model", "human_assistant"), default="model")
     return parser

@@ -87,7 +87,8 @@ def start_checkpoint_server(spec: EndpointSpec) -> Generator[str]:
     """
     path = _checkpoint(spec)
     port = _free_port()
-    command = [sys.executable, "-m", "laif_jax.cli", "serve", "model", str(path), "--port", str(port)]
+    command = [sys.executable, "-m", "laif_jax.cli", "serve", "model", str(path)]
+    command += ["--port", str(port), "--name", spec.model]
     url = f"http://127.0.0.1:{port}"
     with contextlib.ExitStack() as stack:
         log_file = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="laif-model-"))) / "log"

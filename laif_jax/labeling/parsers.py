@@ -118,8 +118,9 @@ class LogprobParser:
         window = answer.tokens[: self.options.search]
         token = next((t for t in window if self._option(t.token) is not None), answer.tokens[0])
         mass = [0.0, 0.0]
-        # The sampled token may be missing from the top list; the same token may be listed with and without a space.
-        for text, logprob in {(token.token, token.logprob), *token.top}:
+        # The sampled token may be missing from the top list, or stand in it with another rounding; different tokens may
+        # spell one option, with and without a space.
+        for text, logprob in ({token.token: token.logprob} | dict(token.top)).items():
             option = self._option(text)
             if option is not None:
                 mass[option] += math.exp(logprob)

@@ -11,6 +11,7 @@ from laif_jax.models.model import load_model
 from laif_jax.parallel import distributed
 from laif_jax.records import Completion, Usage, read_jsonl, write_jsonl
 from laif_jax.rollout.generate import generate
+from laif_jax.rollout.score import logp_difference
 from laif_jax.stages import prompts as prompts_stage
 from laif_jax.stages.artifact import Artifact, run_stage
 from laif_jax.stages.base import compute_dtype, model_folder, model_settings
@@ -18,6 +19,7 @@ from laif_jax.stages.context import Context
 from laif_jax.stages.progress import progress_lines
 
 FILE = "completions.jsonl.gz"
+CHECKED = 16  # samples whose log-probs are computed again by a full forward pass
 
 
 def run(
@@ -63,6 +65,16 @@ def run(
             mesh=ctx.mesh,
             progress=progress_lines(f"samples of {generator}"),
         )
+        # Sampler and trainer must agree on what was sampled: the trainer's forward pass over a few rows shows it.
+        checked = samples[: min(len(samples), CHECKED)]
+        difference = logp_difference(
+            loaded.params,
+            loaded.cfg,
+            encoded.tokens,
+            checked,
+            temperature=spec.temperature,
+            dtype=compute_dtype(ctx),
+        )
         completions = [
             Completion(
                 prompt_id=rows[sample.prompt_index].prompt.id,
@@ -83,6 +95,7 @@ def run(
         return {
             "completions": len(completions),
             "prompts_truncated": encoded.truncated_count,
+            **difference,
             "response_length/mean": sum(lengths) / len(lengths),
             "response_length/max": max(lengths),
             "response_length/clip_ratio": sum(s.finish_reason == "length" for s in samples) / len(samples),
