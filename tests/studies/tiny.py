@@ -1,15 +1,24 @@
 """A whole study in seconds: a model of a few thousand weights in the synthetic world, simulated endpoints."""
 
+import atexit
+import contextlib
 import copy
+import functools
 import json
-from collections.abc import Mapping
+import os
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from laif_jax.cli.main import main
 from laif_jax.config import StudyConfig, load_config
 
+_CACHE_BEFORE = os.environ.get("LAIF_CACHE")
 TRAIN = {"batch_size": 8, "max_length": 48, "max_prompt_length": 24}
 TREE: dict[str, Any] = {
     "name": "tiny",
@@ -100,3 +109,59 @@ def numbers(found: Mapping[str, Any]) -> dict[str, Any]:
     ]
     kept = {key: found[key] for key in ("arms", "comparisons", "answer", "warnings", "judge")}
     return {**kept, "labels": labels, "stages": stages}
+
+
+# ---- running it ------------------------------------------------------------------------------------------------
+
+
+def run(folder: Path, *overrides: str, **changes: Any) -> int:
+    """`laif run` in this process, with a compilation cache that all tests share; returns its exit status."""
+    os.environ["LAIF_CACHE"] = str(cache())
+    try:
+        return main(["run", str(write(folder, **changes)), *overrides])
+    finally:
+        if _CACHE_BEFORE is None:
+            del os.environ["LAIF_CACHE"]
+        else:
+            os.environ["LAIF_CACHE"] = _CACHE_BEFORE
+
+
+@functools.cache
+def _home() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="laif-tiny-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def cache() -> Path:
+    """Of compiled programs."""
+    return _home() / "cache"
+
+
+@functools.cache
+def finished() -> Path:
+    """The folder of the study as it is, run to its end once per test session. Not to be written to."""
+    folder = _home() / "finished"
+    assert run(folder) == 0
+    return folder
+
+
+def copy_of_finished(folder: Path, *, without: Sequence[str] = ()) -> Path:
+    """A finished study at `folder` to go on with, as if its stages of some kinds had never been run."""
+    shutil.copytree(finished() / "runs", folder / "runs", dirs_exist_ok=True)
+    for kind in without:
+        for stage in (folder / "runs" / "tiny").glob(f"{kind}-*"):
+            shutil.rmtree(stage)
+    return folder / "runs" / "tiny"
+
+
+def manifests(folder: Path) -> dict[str, dict[str, Any]]:
+    """The manifests of a study's stages by folder name."""
+    paths = (folder / "runs" / "tiny").glob("*/manifest.json")
+    return {path.parent.name: json.loads(path.read_text()) for path in paths}
+
+
+def calls(folder: Path) -> int:
+    """How many calls the study's labelling store has seen answered or failed."""
+    with contextlib.closing(sqlite3.connect(folder / "runs" / "tiny" / "labels" / "labels.sqlite")) as store:
+        return sum(store.execute(f"select count(*) from {t}").fetchone()[0] for t in ("responses", "failures"))
