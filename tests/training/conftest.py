@@ -9,7 +9,7 @@ QUICKLY_COMPILED = ("test_invariance", "test_step", "test_optim", "test_loop")
 @pytest.fixture(scope="module", autouse=True)
 def compile_quickly(request):
     quick = request.module.__name__.rsplit(".", 1)[-1] in QUICKLY_COMPILED
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -34,9 +34,13 @@ def config(lora: LoraSpec | None = None) -> ModelConfig:
     return scratch(sizes, VOCAB, lora=lora)
 
 
-@functools.cache
 def params(cfg: ModelConfig | None = None, seed: int = 0) -> dict:
-    return init_params(cfg or config(), jax.random.key(seed))
+    return _params(cfg or config(), seed)
+
+
+@functools.cache
+def _params(cfg: ModelConfig, seed: int) -> dict:
+    return init_params(cfg, jax.random.key(seed))
 
 
 def documents(count: int = 8, seed: int = 0) -> list[Document]:
