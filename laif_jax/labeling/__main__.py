@@ -17,13 +17,16 @@ def main() -> int:
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8080, help="0 takes a free one")
     serve.add_argument("--ready-file", help="gets the address once the service answers")
+    serve.add_argument(
+        "--patience", type=float, default=0.0, help="seconds to wait for the store's last user"
+    )
     serve.add_argument("--end-with-parent", action="store_true", help="end when standard input closes")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if options.end_with_parent:
         end_with_parent()
     try:
-        serve_labels(options.host, options.port, options.store, options.ready_file)
+        serve_labels(options.host, options.port, options.store, options.ready_file, options.patience)
     except LabelError as error:
         logging.getLogger("laif_jax.labeling").error("%s", error)
         return 1

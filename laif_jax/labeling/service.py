@@ -25,19 +25,21 @@ def serve_labels(
     port: int = 8080,
     store: str | Path = "labels",
     ready_file: str | Path | None = None,
+    patience: float = 0.0,
 ) -> None:
     """Serves until SIGTERM or SIGINT; then stops calling, stores the answers that are under way, and ends.
 
     Args:
       port: 0 takes a free one.
       ready_file: gets the service's address once it answers.
+      patience: seconds to wait for another service that has the store open.
 
     Raises:
       StoreError: the store cannot be opened. LabelServiceError: the port is taken.
     """
     # httpx logs every address at INFO; a run makes thousands.
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    opened = Store(store)
+    opened = Store(store, patience=patience)
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -85,10 +87,13 @@ class LabelService:
 
 
 @contextlib.contextmanager
-def start_service(store: str | Path, *, port: int = 0, timeout: float = 60.0) -> Generator[LabelService]:
+def start_service(
+    store: str | Path, *, port: int = 0, timeout: float = 60.0, patience: float = 30.0
+) -> Generator[LabelService]:
     """A service over the folder `store`, as a child process that ends with the block, or with this process.
 
-    Its log is `service.log` in the store's folder.
+    Its log is `service.log` in the folder. The service of a run that was killed may still be storing the answers
+    that were under way: it is waited for, `patience` seconds at most.
 
     Raises:
       LabelServiceError: it did not come up; the message holds the end of its log.
@@ -112,7 +117,7 @@ def start_service(store: str | Path, *, port: int = 0, timeout: float = 60.0) ->
             "--port",
             str(port),
         ]
-        command += ["--ready-file", str(ready), "--end-with-parent"]
+        command += ["--ready-file", str(ready), "--end-with-parent", "--patience", str(patience)]
         with Child("labelling service", command, log_file=folder / "service.log") as child:
             child.wait_until(ready.exists, timeout)
             yield LabelService(ready.read_text(), folder, child)

@@ -13,6 +13,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -74,12 +75,13 @@ class Store:
 
     Args:
       folder: where `labels.sqlite` lives; made if absent.
+      patience: seconds to wait for another service that has it open, which may be ending.
 
     Raises:
       StoreError: the folder cannot be written, another service uses it, or the file is no store of this version.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, patience: float = 0.0) -> None:
         self.folder = Path(folder)
         self.path = self.folder / "labels.sqlite"
         self.stalled = ""  # why the writer cannot write at present
@@ -90,13 +92,7 @@ class Store:
             raise StoreError(
                 f"store {self.folder}: {error.strerror}. Choose a folder that can be written"
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise StoreError(
-                f"store {self.folder}: another labelling service uses it. Stop that one, or use another store"
-            ) from error
+        self._take_lock(patience)
         try:
             self._open()
         except SQLAlchemyError as error:
@@ -112,6 +108,20 @@ class Store:
         self._closing = False
         self._thread = threading.Thread(target=self._write_groups, name="label-store", daemon=True)
         self._thread.start()
+
+    def _take_lock(self, patience: float) -> None:
+        limit = time.monotonic() + patience
+        while True:
+            try:
+                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if time.monotonic() < limit:
+                    time.sleep(0.05)
+                    continue
+                os.close(self._lock)
+                raise StoreError(
+                    f"store {self.folder}: another labelling service uses it. Stop that one, or use another store"
+                ) from error
 
     def _open(self) -> None:
         self.engine = sa.create_engine(f"sqlite:///{self.path}", connect_args={"timeout": 30.0})

@@ -214,10 +214,19 @@ def test_a_service_that_cannot_start_says_why(tmp_path) -> None:
     store = Store(tmp_path)
     with (
         pytest.raises(LabelServiceError, match="another labelling service"),
-        start_service(tmp_path),
+        start_service(tmp_path, patience=0.2),
     ):
         pass
     store.close()
+
+
+def test_a_service_waits_for_the_last_one_to_let_go_of_the_store(tmp_path) -> None:
+    store = Store(tmp_path)
+    ending = threading.Timer(2.0, store.close)
+    ending.start()
+    with start_service(tmp_path) as service, service.client() as client:
+        assert client.health()
+    ending.join()
 
 
 def test_an_unreachable_service_is_reported(tmp_path) -> None:
