@@ -1,5 +1,6 @@
 """Teacher completions: asked from a model through the labelling service, or taken from the data."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ from etils import epath
 
 from laif_jax.config import TeacherSpec
 from laif_jax.data.sources import SourceRow
+from laif_jax.labeling.complete import Failure
 from laif_jax.records import Completion, DataError, read_jsonl, write_jsonl
 from laif_jax.stages import prompts as prompts_stage
 from laif_jax.stages.artifact import Artifact, StageError, run_stage
@@ -34,15 +36,16 @@ def run(
 
     def work(folder: epath.Path) -> dict[str, Any]:
         rows = prompts_stage.read(prompts, split)[start:stop]
-        completions, counts = (
+        completions, counts, reason = (
             _from_data(rows, spec) if spec.completions else _from_service(ctx, rows, teacher)
         )
         coverage = len(completions) / len(rows)
         if coverage < ctx.config.labeling.min_coverage:
             raise StageError(
                 f"teacher `{teacher}` answered {len(completions)} of {len(rows)} prompts ({coverage:.1%}), fewer than "
-                f"`labeling.min_coverage` {ctx.config.labeling.min_coverage:.0%} asks for: {counts}. The answers that "
-                "came are kept in the labelling store; run again to ask for the rest only."
+                f"`labeling.min_coverage` {ctx.config.labeling.min_coverage:.0%} asks for: {counts}. First "
+                f"reason: {reason}. The answers that came are kept in the labelling store; run again to ask for the "
+                "rest only."
             )
         write_jsonl(folder / FILE, completions)
         usage = usage_of(completions)
@@ -71,7 +74,8 @@ def endpoint_settings(ctx: Context, name: str) -> dict[str, Any]:
     return {key: value for key, value in resolved.items() if key not in operational}
 
 
-def _from_data(rows: Sequence[SourceRow], spec: TeacherSpec) -> tuple[list[Completion], dict[str, int]]:
+def _from_data(rows: Sequence[SourceRow], spec: TeacherSpec) -> tuple[list[Completion], dict[str, int], str]:
+    """(completions, counts, why the first missing one is missing)."""
     column = spec.completions or ""
     known = sorted({name for row in rows for name in row.completions})
     if column not in known:
@@ -83,12 +87,13 @@ def _from_data(rows: Sequence[SourceRow], spec: TeacherSpec) -> tuple[list[Compl
         for row in rows
         if row.completions.get(column, "").strip()
     ]
-    return found, {"missing": len(rows) - len(found)}
+    return found, {"missing": len(rows) - len(found)}, f"no text in column `{column}`"
 
 
 def _from_service(
     ctx: Context, rows: Sequence[SourceRow], teacher: str
-) -> tuple[list[Completion], dict[str, int]]:
+) -> tuple[list[Completion], dict[str, int], str]:
+    """(completions, counts by how the others ended, why the first missing one is missing)."""
     spec = ctx.config.teachers[teacher]
     answers = ctx.services.client.complete(
         ctx.services.endpoint(spec.endpoint or ""),
@@ -101,4 +106,7 @@ def _from_service(
         on_progress=job_lines(f"completions of {teacher}"),
     )
     found = [answer for answer in answers if isinstance(answer, Completion) and answer.text.strip()]
-    return found, {"missing": len(rows) - len(found)}
+    failures = [answer for answer in answers if isinstance(answer, Failure)]
+    states = Counter(str(failure.status) for failure in failures)
+    counts = {"missing": len(rows) - len(found), "failed": states["failed"], "refused": states["refused"]}
+    return found, counts, failures[0].reason if failures else "the answer is empty"

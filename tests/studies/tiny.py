@@ -84,10 +84,11 @@ def tree(**changes: Any) -> dict[str, Any]:
 
 
 def write(folder: Path, **changes: Any) -> Path:
-    """`folder/tiny.yaml`, whose runs go to `folder/runs`."""
+    """`folder/tiny.yaml`, whose runs go to `folder/runs`. A change to `...` removes the key."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tree(out=str(folder / "runs"), **changes), sort_keys=False))
+    made = {key: value for key, value in tree(**changes).items() if value is not ...}
+    path.write_text(yaml.safe_dump({**made, "out": str(folder / "runs")}, sort_keys=False))
     return path
 
 
@@ -164,4 +165,6 @@ def manifests(folder: Path) -> dict[str, dict[str, Any]]:
 def calls(folder: Path) -> int:
     """How many calls the study's labelling store has seen answered or failed."""
     with contextlib.closing(sqlite3.connect(folder / "runs" / "tiny" / "labels" / "labels.sqlite")) as store:
-        return sum(store.execute(f"select count(*) from {t}").fetchone()[0] for t in ("responses", "failures"))
+        return sum(
+            store.execute(f"select count(*) from {t}").fetchone()[0] for t in ("responses", "failures")
+        )
