@@ -1,7 +1,7 @@
 """The golden models: configurations and parameters drawn as tests/tools/make_model_goldens.py drew them."""
 
 import json
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ import numpy as np
 from laif_jax.models import names
 from laif_jax.models.config import ModelConfig, from_hf
 from tests.models.golden_state import draw, draw_tokens
+
+#: For checks of one way of running against another: compiles in half the time. The golden logits do without.
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 FOLDER = Path(__file__).parent / "goldens"
 _FILE = json.loads((FOLDER / "cases.json").read_text())

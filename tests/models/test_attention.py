@@ -17,6 +17,7 @@ from laif_jax.models.attention import (
     naive_attention,
     visibility,
 )
+from tests.models.goldens import quick_jit
 
 
 def loops(q, k, v, segments, window, softcap, scale):
@@ -77,7 +78,7 @@ FORMS = [short, scanned, blockwise, blockwise_scanned]
 )
 def test_equals_the_loops(form, seed, window, softcap):
     q, k, v, segments = draw(seed)
-    run = jax.jit(form, static_argnums=(4, 5, 6))
+    run = quick_jit(form, static_argnums=(4, 5, 6))
     out = np.asarray(run(q, k, v, segments, window, softcap, 0.4))
     assert np.all(np.isfinite(out))
     expected = loops(q, k, v, segments, window, softcap, 0.4)
@@ -93,8 +94,8 @@ def test_blocks_of_any_size_and_any_grouping_equal_the_naive_form_in_gradient(bl
     def loss(form, q, k, v):
         return jnp.sum(weights * form(q, k, v, segments, 4, 2.0, 0.5))
 
-    naive = jax.jit(jax.value_and_grad(partial(loss, short), argnums=(0, 1, 2)))(q, k, v)
-    blocks = jax.jit(jax.value_and_grad(partial(loss, partial(blockwise, block=block)), argnums=(0, 1, 2)))(
+    naive = quick_jit(jax.value_and_grad(partial(loss, short), argnums=(0, 1, 2)))(q, k, v)
+    blocks = quick_jit(jax.value_and_grad(partial(loss, partial(blockwise, block=block)), argnums=(0, 1, 2)))(
         q, k, v
     )
     for a, b in zip(jax.tree.leaves(blocks), jax.tree.leaves(naive)):

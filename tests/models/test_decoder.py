@@ -18,7 +18,7 @@ from laif_jax.models.decoder import (
     unstack_layers,
 )
 from laif_jax.models.specs import param_specs
-from tests.models.goldens import CASES, LENGTHS, golden_logits, golden_steps, model, packed, rows
+from tests.models.goldens import CASES, LENGTHS, golden_logits, golden_steps, model, packed, quick_jit, rows
 
 TOLERANCE = 2e-5  # relative to the largest logit
 # One model per family is enough where the test is not about the family's maths.
@@ -82,15 +82,15 @@ def test_incremental_decoding_equals_the_full_forward(name):
     cfg, params = model(name)
     tokens = rows(cfg)[0]
     expected = golden_logits(name)
-    decode_params = jax.jit(unstack_layers, static_argnums=1)(params, cfg)
+    decode_params = quick_jit(unstack_layers, static_argnums=1)(params, cfg)
     lengths = np.array([9, 2, 5], np.int32)  # ragged prompts; the third row never goes beyond its prompt
     cache = init_cache(cfg, len(LENGTHS), max(LENGTHS) + 3)
-    start = jax.jit(partial(prefill, return_all=True), static_argnums=1)
+    start = quick_jit(partial(prefill, return_all=True), static_argnums=1)
     hidden, cache, every = start(decode_params, cfg, tokens[:, :9], lengths, cache)
     for i, length in enumerate(lengths):
         assert_close(logits(params, cfg, every[i, :length]), expected[i][:length])
     assert_close(logits(params, cfg, hidden), [expected[i][length - 1] for i, length in enumerate(lengths)])
-    step = jax.jit(decode_step, static_argnums=1)
+    step = quick_jit(decode_step, static_argnums=1)
     index = lengths
     while (index < LENGTHS).any():
         now = np.minimum(index, np.array(LENGTHS) - 1)
@@ -109,9 +109,11 @@ def test_incremental_decoding_with_dynamic_rope_equals_transformers():
     assert prompt < cfg.max_position < tokens.shape[1]
     decode_params, cache = unstack_layers(params, cfg), init_cache(cfg, 1, tokens.shape[1])
     lengths = np.array([prompt], np.int32)
-    hidden, cache = jax.jit(prefill, static_argnums=1)(decode_params, cfg, tokens[:, :prompt], lengths, cache)
+    hidden, cache = quick_jit(prefill, static_argnums=1)(
+        decode_params, cfg, tokens[:, :prompt], lengths, cache
+    )
     assert_close(logits(params, cfg, hidden[0]), expected[0])
-    step = jax.jit(decode_step, static_argnums=1)
+    step = quick_jit(decode_step, static_argnums=1)
     for i, row in enumerate(expected[1:], start=prompt):
         hidden, cache = step(decode_params, cfg, tokens[:, i], np.array([i], np.int32), cache)
         assert_close(logits(params, cfg, hidden[0]), row)
@@ -136,7 +138,7 @@ def test_scan_equals_layers_one_by_one(name):
     cfg, params = model(name)
     tokens, _, segments = rows(cfg)
     cache = init_cache(cfg, *tokens.shape)
-    start = jax.jit(partial(prefill, return_all=True), static_argnums=1)
+    start = quick_jit(partial(prefill, return_all=True), static_argnums=1)
     unrolled = start(unstack_layers(params, cfg), cfg, tokens, np.array(LENGTHS), cache)[2]
     scanned = np.asarray(full(params, cfg, *rows(cfg)))
     assert_close(np.asarray(logits(params, cfg, unrolled))[segments > 0], scanned[segments > 0], 1e-6)
@@ -146,7 +148,7 @@ def test_remat_changes_neither_values_nor_gradients():
     cfg, params = model("gemma3")
     inputs = rows(cfg)
 
-    @partial(jax.jit, static_argnames="remat")
+    @partial(quick_jit, static_argnames="remat")
     @partial(jax.value_and_grad, argnums=0)
     def loss(params, remat):
         hidden = hidden_states(params, cfg, *inputs, remat=remat)
@@ -207,9 +209,9 @@ def test_incremental_decoding_in_bfloat16_with_weights_cast_once():
     for cast in (None, jnp.bfloat16):
         decode_params = unstack_layers(params, cfg, cast)
         cache = init_cache(cfg, len(lengths), 16, jnp.bfloat16)
-        start = jax.jit(partial(prefill, dtype=jnp.bfloat16), static_argnums=1)
+        start = quick_jit(partial(prefill, dtype=jnp.bfloat16), static_argnums=1)
         _, cache = start(decode_params, cfg, tokens[:, :9], lengths, cache)
-        step = jax.jit(partial(decode_step, dtype=jnp.bfloat16), static_argnums=1)
+        step = quick_jit(partial(decode_step, dtype=jnp.bfloat16), static_argnums=1)
         hidden, cache = step(decode_params, cfg, tokens[:, 9], lengths, cache)
         assert hidden.dtype == jnp.bfloat16
         results.append(np.asarray(hidden, np.float32))

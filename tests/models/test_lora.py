@@ -11,7 +11,7 @@ from laif_jax.config.schema import LoraSpec
 from laif_jax.models.decoder import hidden_states
 from laif_jax.models.lora import add_lora, merge_lora, trainable_mask
 from laif_jax.models.specs import param_specs
-from tests.models.goldens import model, rows
+from tests.models.goldens import model, quick_jit, rows
 
 
 def adapted(name, *targets):
@@ -22,7 +22,7 @@ def adapted(name, *targets):
 
 
 def run(params, cfg):
-    forward = jax.jit(hidden_states, static_argnums=1)
+    forward = quick_jit(hidden_states, static_argnums=1)
     return np.asarray(forward(params, cfg, *rows(cfg)))[rows(cfg)[2] > 0]
 
 
@@ -60,7 +60,7 @@ def test_gradients_reach_both_factors_and_the_mask_selects_them():
     cfg, params, lora_cfg, lora = adapted("llama2_gqa", "q", "down")
     inputs = rows(lora_cfg)
 
-    @jax.jit
+    @quick_jit
     @jax.grad
     def gradient(params):
         return jnp.sum(

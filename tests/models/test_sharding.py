@@ -20,6 +20,7 @@ from laif_jax.models.decoder import (
 )
 from laif_jax.models.heads import token_logps
 from laif_jax.parallel.rules import batch_sharding, param_shardings
+from tests.models.goldens import quick_jit
 
 SPEC = ScratchSpec(
     hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, tie_embeddings=False
@@ -47,9 +48,9 @@ def generate(params, tokens, lengths, cache):
 @pytest.fixture(scope="module")
 def single():
     params = init_params(CFG, jax.random.key(0))
-    value, grads = jax.jit(jax.value_and_grad(loss))(params, *BATCH)
+    value, grads = quick_jit(jax.value_and_grad(loss))(params, *BATCH)
     lengths = np.full(ROWS, 5, np.int32)
-    return params, value, grads, jax.jit(generate)(params, TOKENS, lengths, init_cache(CFG, ROWS, LENGTH))
+    return params, value, grads, quick_jit(generate)(params, TOKENS, lengths, init_cache(CFG, ROWS, LENGTH))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -64,7 +65,7 @@ def test_sharded_values_gradients_and_decoding_equal_one_device(kind, ambient, s
     batch = jax.device_put(BATCH, rows)
 
     def check():
-        step = jax.jit(jax.value_and_grad(loss), in_shardings=(shardings, rows, rows, rows))
+        step = quick_jit(jax.value_and_grad(loss), in_shardings=(shardings, rows, rows, rows))
         ours, our_grads = step(sharded, *batch)
         np.testing.assert_allclose(ours, value, rtol=1e-6)
         jax.tree.map(
@@ -74,7 +75,9 @@ def test_sharded_values_gradients_and_decoding_equal_one_device(kind, ambient, s
             assert our_grads["layers"]["mlp"]["up"]["kernel"].sharding.spec == P(None, "fsdp", "tensor")
         lengths = jax.device_put(np.full(ROWS, 5, np.int32), rows)
         cache = jax.device_put(init_cache(CFG, ROWS, LENGTH), NamedSharding(mesh, P(rows.spec[0], "tensor")))
-        np.testing.assert_allclose(jax.jit(generate)(sharded, batch[0], lengths, cache), generated, atol=1e-5)
+        np.testing.assert_allclose(
+            quick_jit(generate)(sharded, batch[0], lengths, cache), generated, atol=1e-5
+        )
 
     if ambient:
         with jax.set_mesh(mesh):
