@@ -23,9 +23,8 @@ from laif_jax.training.state import TrainState
 log = logging.getLogger(__name__)
 FORMAT = 1
 CHECKED_BYTES = 1 << 30
-SPARE_BYTES = (
-    16 << 20
-)  # metadata, file-system blocks, and the log files that are written next to a checkpoint
+# Metadata, file-system blocks, and the log files that are written next to a checkpoint.
+SPARE_BYTES = 16 << 20
 
 
 class CheckpointError(LaifError, RuntimeError):

@@ -11,10 +11,8 @@ from jax.sharding import AxisType, Mesh
 from laif_jax.parallel import ROW_AXES, host_to_global
 from laif_jax.records.errors import LaifError
 
-HOST_ONLY = (
-    "pair_index",
-    "example_index",
-)  # which rows of the data set a batch holds: for messages, not for devices
+# Which rows of the data set a batch holds: for messages, not for devices.
+HOST_ONLY = ("pair_index", "example_index")
 
 
 class EmptyBatchError(LaifError, ValueError):

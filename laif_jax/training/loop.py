@@ -32,7 +32,7 @@ from laif_jax.training.state import TrainState, state_shardings
 from laif_jax.training.step import make_train_step
 
 log = logging.getLogger(__name__)
-Callback = Callable[[int, TrainState], None]
+Callback = Callable[[int, TrainState], str | None]
 
 
 class NonFiniteError(LaifError, FloatingPointError):
@@ -90,7 +90,7 @@ def train(
       optimizer: None: that of `spec.optimizer`; it must be the one that made the state.
       reference: reference log-probs by pair, filled into each batch; before the first update they are checked.
       callback: called with (step, state) every `callback_every` steps and after the last, for tables of samples. It
-        must not keep the state, which the next step donates.
+        must not keep the state, which the next step donates. A text that it returns goes to TensorBoard.
       wandb: arguments of `wandb.init`, or None. progress: False shows none (where another display is live).
 
     Returns:
@@ -188,7 +188,9 @@ class _Run:
                 self.checkpoints.save(state, self._extra(pending.data_state), wait=last)
                 pending.started = time.perf_counter()  # a save is not training time
             if call and callback is not None:
-                callback(step, state)
+                text = callback(step, state)
+                if text:
+                    self.writer.text("samples", text, step)
                 pending.started = time.perf_counter()
         return state
 

@@ -11,6 +11,7 @@ import jax
 from etils import epath
 
 from laif_jax.parallel import is_main
+from laif_jax.records.errors import LaifError
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,10 @@ def _leaves(tree: Any) -> list[tuple[Any, Any]]:
     return jax.tree_util.tree_leaves_with_path(tree)
 
 
+class MetricsError(LaifError, RuntimeError):
+    """Metrics cannot be written."""
+
+
 class MetricsWriter:
     """Writes the metrics of one run, in process 0 only.
 
@@ -84,19 +89,29 @@ class MetricsWriter:
         temporary = self.directory / ".metrics.jsonl.tmp"
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
         temporary.replace(self.path)
+        if self._wandb_options is not None:
+            self._wandb = _start_wandb(self._wandb_options, self.directory)
         import tensorboardX
 
         folder = str(self.directory / "tensorboard")
         self._board = tensorboardX.SummaryWriter(folder, purge_step=step + 1 if rows else None, flush_secs=30)
-        if self._wandb_options is not None:
-            self._wandb = _start_wandb(self._wandb_options, self.directory)
         return rows
 
     def write(self, rows: list[dict[str, Any]]) -> None:
-        """Appends the rows of consecutive steps to `metrics.jsonl`, whole lines at once."""
+        """Appends the rows of consecutive steps to `metrics.jsonl`, whole lines at once.
+
+        Raises:
+          MetricsError: the disk is full, or the folder not writable.
+        """
         if is_main() and rows:
-            with self.path.open("a") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
+            try:
+                with self.path.open("a") as file:
+                    file.write("".join(json.dumps(row) + "\n" for row in rows))
+            except OSError as error:
+                raise MetricsError(
+                    f"cannot write {self.path}: {error.strerror or error}. Free space or make the folder writable, then "
+                    "start the same command again: it resumes from its last checkpoint"
+                ) from error
 
     def show(self, row: Mapping[str, Any]) -> None:
         """Sends one row, of `row["step"]`, to TensorBoard and Weights & Biases."""

@@ -11,9 +11,10 @@ from laif_jax.config.schema import OptimizerSpec, TrainSpec
 from laif_jax.training.checkpoint import Checkpointer
 from laif_jax.training.feed import EmptyBatchError
 from laif_jax.training.loop import NonFiniteError, train
-from laif_jax.training.metrics import MetricsWriter, peak_flops, read_metrics
+from laif_jax.training.metrics import MetricsError, MetricsWriter, peak_flops, read_metrics
 from laif_jax.training.optim import make_optimizer
 from laif_jax.training.state import create_state
+from laif_jax.training.step import enable_compilation_cache
 from tests.training import toys
 
 
@@ -177,3 +178,52 @@ def test_peak_flops_takes_the_longest_name_and_knows_when_it_does_not_know():
     assert peak_flops("TPU v5") == 459e12
     assert peak_flops("TPU v55") is None
     assert peak_flops("cpu") is None
+
+
+def test_the_callback_sees_the_last_step_and_its_text_goes_to_tensorboard(tmp_path):
+    seen = []
+    settings = spec()
+    state = create_state(toys.params(), make_optimizer(settings.optimizer), mesh=toys.mesh())
+
+    def samples(step, state):
+        seen.append((step, int(state.step)))
+        return f"a table of step {step}"
+
+    train(
+        toys.loss_fn,
+        toys.Batches(12),
+        state,
+        settings,
+        tmp_path,
+        mesh=toys.mesh(),
+        callback=samples,
+        callback_every=5,
+        progress=False,
+    )
+    assert seen == [(5, 5), (10, 10), (12, 12)]
+    (events,) = (tmp_path / "tensorboard").glob("events.*")
+    assert b"a table of step 10" in events.read_bytes()
+
+
+def test_compilation_cache_goes_where_it_is_told_or_warns(tmp_path, monkeypatch, caplog):
+    before = jax.config.values["jax_compilation_cache_dir"]
+    try:
+        monkeypatch.setenv("LAIF_CACHE", str(tmp_path / "cache"))
+        assert enable_compilation_cache() == tmp_path / "cache" / "xla"
+        assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "cache" / "xla")
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("LAIF_CACHE", str(tmp_path / "file"))
+        assert enable_compilation_cache() is None
+        assert any("set LAIF_CACHE to another folder" in message for message in caplog.messages)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_metrics_that_cannot_be_written_stop_the_run_with_advice(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.resume(0)
+    writer.path.unlink()
+    writer.path.mkdir()  # stands for any refusal of the file system
+    with pytest.raises(MetricsError, match=r"cannot write .*metrics.jsonl.*resumes from its last checkpoint"):
+        writer.write([{"step": 1}])
+    writer.close()

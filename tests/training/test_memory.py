@@ -34,9 +34,14 @@ def shapes_of(jaxpr) -> set[tuple[int, ...]]:
     found = set()
     for eqn in jaxpr.eqns:
         found |= {tuple(v.aval.shape) for v in eqn.outvars if hasattr(v.aval, "shape")}
-        for inner in jax.core.jaxprs_in_params(eqn.params):
-            found |= shapes_of(inner)
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(inner):
+                found |= shapes_of(getattr(inner, "jaxpr", inner))
     return found
+
+
+def is_jaxpr(value) -> bool:
+    return hasattr(value, "eqns")
 
 
 def hlo_shapes(text: str) -> set[tuple[int, ...]]:
