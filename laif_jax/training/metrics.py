@@ -109,7 +109,7 @@ class MetricsWriter:
                     file.write("".join(json.dumps(row) + "\n" for row in rows))
             except OSError as error:
                 raise MetricsError(
-                    f"cannot write {self.path}: {error.strerror or error}. Free space or make the folder writable, then "
+                    f"cannot write {self.path}: {error.strerror or error}. Free space or make it writable, then "
                     "start the same command again: it resumes from its last checkpoint"
                 ) from error
 
