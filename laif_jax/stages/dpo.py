@@ -24,7 +24,8 @@ def run(ctx: Context, policy: Artifact, labels: Artifact) -> Artifact:
     def work(folder: epath.Path) -> dict[str, Any]:
         model = fit.load(ctx, model_folder(policy))
         batches, pairs = make_batches(ctx, model.tokenizer, labels)
-        return fit.fit(ctx, folder, "dpo", model, preference_task, spec, batches, pairs=pairs)
+        shown = [preference.prompt for preference in label.read_preferences(labels)[: fit.SHOWN]]
+        return fit.fit(ctx, folder, "dpo", model, preference_task, spec, batches, pairs=pairs, shown=shown)
 
     return run_stage("dpo", settings, {"policy": policy, "labels": labels}, ctx.root, work)
 

@@ -1,7 +1,7 @@
 """What the training stages share: a model into a train state, the loop, and the trained model out to a folder."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,13 +16,16 @@ from laif_jax.models.model import Model, load_model, save_model
 from laif_jax.models.specs import param_specs
 from laif_jax.parallel.mesh import row_shard
 from laif_jax.parallel.rules import param_shardings
+from laif_jax.records import Prompt
 from laif_jax.stages.context import Context
+from laif_jax.stages.table import SampleTable
 from laif_jax.training.loop import train
 from laif_jax.training.optim import make_optimizer, optimizer_hyper
 from laif_jax.training.reference import reference_logps
 from laif_jax.training.state import TrainState, create_state
 
 MODEL = "model"
+SHOWN = 4  # prompts in a table of samples
 
 
 def load(ctx: Context, folder: epath.Path) -> Model:
@@ -65,12 +68,14 @@ def fit(
     batches: Batches,
     *,
     pairs: int | None = None,
+    shown: Sequence[Prompt] = (),
 ) -> dict[str, Any]:
     """Trains `model` in `folder/train` and writes the result to `folder/model`, adapters merged.
 
     Args:
       make_task: `sft_task` or `preference_task`. pairs: of a preference data set: its number of pairs; their reference
         log-probs are then computed once, by the model as it starts, and kept in `folder/reference-*.npz`.
+      shown: prompts whose completions are sampled every `spec.sample_every` steps, into `folder/train/samples.jsonl`.
 
     Returns:
       The stage's metrics: those of the last logged step, how many steps, and what happened to the examples.
@@ -95,6 +100,7 @@ def fit(
             cache_dir=folder,
             steps=min(batches.total_steps, batches.steps_per_epoch),
         )
+    tables = bool(spec.sample_every and shown)
     result = train(
         task,
         batches,
@@ -104,6 +110,9 @@ def fit(
         mesh=ctx.mesh,
         optimizer=optimizer,
         reference=reference,
+        callback=SampleTable(ctx, model, shown, folder / "train" / "samples.jsonl") if tables else None,
+        callback_every=spec.sample_every,
+        wandb={"project": ctx.config.wandb, "name": f"{title}-{folder.name}"} if ctx.config.wandb else None,
         title=title,
     )
     trained = Model(model.cfg, result.state.params, model.tokenizer)

@@ -46,7 +46,8 @@ def run(
         check_coverage(ctx, f"critic `{critic}`", decided, judgements)
         if not preferences:
             raise StageError(
-                f"critic `{critic}` preferred nothing in {len(comparisons)} comparisons: {counts}"
+                f"critic `{critic}` preferred nothing in {len(comparisons)} comparisons: {counts}. What it said in "
+                f"each order is in {folder / 'single_order_judgements.jsonl.gz'}; take another critic or endpoint"
             )
         write_jsonl(folder / "preferences.jsonl.gz", preferences)
         return {
@@ -89,8 +90,8 @@ def check_coverage(ctx: Context, who: str, decided: int, judgements: list[Judgem
         reason = next((j.reason for j in judgements if j.reason), "")
         raise StageError(
             f"{who} decided {decided} of {len(judgements)} comparisons, fewer than `labeling.min_coverage` "
-            f"{ctx.config.labeling.min_coverage:.0%} asks for. States: {states}. "
-            f"First reason: {reason or 'none given'}. Verdicts that came are kept in the labelling store; "
+            f"{ctx.config.labeling.min_coverage:.0%} asks for. States: {states} "
+            f"(first reason: {reason or 'none given'}). Verdicts that came are kept in the labelling store; "
             "run again to ask for the rest only."
         )
 

@@ -29,7 +29,8 @@ def run(ctx: Context, base: Artifact, prompts: Artifact, completions: Artifact, 
     def work(folder: epath.Path) -> dict[str, Any]:
         model = fit.load(ctx, model_folder(base))
         batches = make_batches(ctx, model.tokenizer, prompts, completions, share)
-        return fit.fit(ctx, folder, "sft", model, sft_task, ctx.config.sft, batches)
+        shown = [row.prompt for row in prompts_stage.read(prompts, "eval")[: fit.SHOWN]]
+        return fit.fit(ctx, folder, "sft", model, sft_task, ctx.config.sft, batches, shown=shown)
 
     return run_stage("sft", settings, inputs, ctx.root, work)
 

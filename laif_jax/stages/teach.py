@@ -43,8 +43,8 @@ def run(
         if coverage < ctx.config.labeling.min_coverage:
             raise StageError(
                 f"teacher `{teacher}` answered {len(completions)} of {len(rows)} prompts ({coverage:.1%}), fewer than "
-                f"`labeling.min_coverage` {ctx.config.labeling.min_coverage:.0%} asks for: {counts}. First "
-                f"reason: {reason}. The answers that came are kept in the labelling store; run again to ask for the "
+                f"`labeling.min_coverage` {ctx.config.labeling.min_coverage:.0%} asks for: {counts} (first "
+                f"reason: {reason}). The answers that came are kept in the labelling store; run again to ask for the "
                 "rest only."
             )
         write_jsonl(folder / FILE, completions)

@@ -1,0 +1,227 @@
+"""Schemas of the model, the mesh, training and sampling."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from laif_jax.config.base import Fraction, Positive, Spec
+
+# ---- model -----------------------------------------------------------------------------------------------------
+
+
+class ScratchSpec(Spec):
+    """Sizes of a decoder initialised at random (Llama architecture)."""
+
+    hidden_size: Positive = 128
+    intermediate_size: Positive = 344
+    num_layers: Positive = 4
+    num_heads: Positive = 4
+    num_kv_heads: Positive | None = None
+    max_position: Positive = 512
+    tie_embeddings: bool = True
+
+
+class LoraSpec(Spec):
+    """Low-rank adapters (Hu et al. 2021): W + (alpha / rank) A B on the named linear layers."""
+
+    rank: Positive = 16
+    alpha: float = 32.0
+    targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = (
+        "q",
+        "k",
+        "v",
+        "o",
+        "gate",
+        "up",
+        "down",
+    )
+
+
+class ModelSpec(Spec):
+    """The base model.
+
+    Attributes:
+      source: "scratch", a folder in Hugging Face layout, a `.gguf` file, a name that `laif fetch` knows, or a Hub id.
+      tokenizer: where the tokenizer comes from; None: the model's own. "symbols": the synthetic world's.
+      template: "model": the tokenizer's own chat template; "human_assistant": the paper's plain template.
+      dtype: of compute; the weights that the optimiser sees are always float32.
+      save_dtype: of the weights that a stage writes for the next one and for you.
+      remat: what the backward pass recomputes: "none", "full" (whole blocks) or "dots" (all but matrix products).
+      logprob_chunk: tokens per chunk of the vocabulary log-probs.
+    """
+
+    source: str = "scratch"
+    scratch: ScratchSpec | None = None
+    tokenizer: str | None = None
+    template: Literal["model", "human_assistant"] = "model"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    remat: Literal["none", "full", "dots"] = "full"
+    logprob_chunk: Positive = 1024
+    lora: LoraSpec | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelSpec":
+        if self.source == "scratch":
+            if self.scratch is None:
+                raise ValueError("`source: scratch` needs the sizes under `scratch:`")
+            if self.tokenizer is None:
+                raise ValueError("`source: scratch` needs a `tokenizer`")
+        return self
+
+    def unused(self) -> dict[str, tuple[str, str]]:
+        if self.source == "scratch":
+            return {}
+        return {"scratch": (f"`source: {self.source}`", "`source: scratch`")}
+
+
+class MeshSpec(Spec):
+    """Devices per mesh axis; -1 (one axis at most) takes what is left. Axis order: data, fsdp, tensor."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    axis_type: Literal["auto", "explicit"] = "auto"
+
+
+# ---- training --------------------------------------------------------------------------------------------------
+
+
+class OptimizerSpec(Spec):
+    """Optimiser and learning-rate schedule.
+
+    Attributes:
+      warmup: optimiser steps of linear warm-up from 0. clip_norm: global gradient norm; None: no clipping.
+      momentum, decay: of RMSprop (`decay` is torch's alpha, 0.99 in the paper).
+    """
+
+    name: Literal["adamw", "rmsprop", "adafactor", "lion"] = "adamw"
+    learning_rate: float = Field(default=1e-5, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    b1: Fraction = 0.9
+    b2: Fraction = 0.999
+    eps: float = Field(default=1e-8, gt=0)
+    decay: Fraction = 0.99
+    momentum: Fraction = 0.0
+    clip_norm: float | None = Field(default=1.0, gt=0)
+
+    def unused(self) -> dict[str, tuple[str, str]]:
+        uses = {
+            "b1": ("adamw", "lion"),
+            "b2": ("adamw", "lion"),
+            "eps": ("adamw", "rmsprop"),
+            "decay": ("rmsprop",),
+            "momentum": ("rmsprop",),
+            "weight_decay": ("adamw", "adafactor", "lion"),
+        }
+        choice = f"`name: {self.name}`"
+        return {key: (choice, " and ".join(names)) for key, names in uses.items() if self.name not in names}
+
+
+class TrainSpec(Spec):
+    """What every training stage shares.
+
+    Attributes:
+      epochs / steps: give one; an optimiser step is one update.
+      batch_size: sequences (SFT) or pairs (preferences) per update, over all devices. With packing, the rows.
+      micro_batch: sequences, pairs or rows per forward pass; None: the whole batch at once.
+      max_length: tokens of prompt and response; max_prompt_length: of the prompt alone, when truncation is needed.
+      save_every: optimiser steps between checkpoints; 0: one at the end alone.
+      sample_every: optimiser steps between tables of sampled completions; 0: none.
+    """
+
+    optimizer: OptimizerSpec = OptimizerSpec()
+    epochs: Positive | None = None
+    steps: Positive | None = None
+    batch_size: Positive = 8
+    micro_batch: Positive | None = None
+    max_length: Positive = 512
+    max_prompt_length: Positive = 256
+    packing: bool = False
+    log_every: Positive = 10
+    save_every: int = Field(default=200, ge=0)
+    sample_every: int = Field(default=0, ge=0)
+    keep: Positive = 2
+
+    @model_validator(mode="after")
+    def _check_train(self) -> "TrainSpec":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give one of `epochs` and `steps`")
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            raise ValueError(
+                f"`batch_size` {self.batch_size} is not a multiple of `micro_batch` {self.micro_batch}"
+            )
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"`max_prompt_length` {self.max_prompt_length} leaves no room in `max_length` {self.max_length}"
+            )
+        return self
+
+
+class SftSpec(TrainSpec):
+    """Supervised fine-tuning. `reduction`: "token": mean over supervised tokens; "sequence": the paper's, the sum
+    over a sequence's tokens, mean over sequences."""
+
+    reduction: Literal["token", "sequence"] = "token"
+
+
+PreferenceLoss = Literal[
+    "sigmoid", "conservative", "robust", "ipo", "ipo_averaged", "hinge", "simpo", "length_normalised"
+]
+
+
+class DpoSpec(TrainSpec):
+    """Preference optimisation without a reward model (DPO and its family).
+
+    Attributes:
+      loss: the objective; see `laif_jax.objectives.preference`.
+      beta: inverse temperature of the implicit reward.
+      label_smoothing: probability that a label is flipped (conservative, robust).
+      gamma: target margin (simpo).
+      reference_free: the reference's log-probs count as 0.
+      sft_weight: weight of an added negative log-likelihood of the chosen response, per token.
+      soft_labels: use `p_chosen` as it is; False: round it to 1 (hard labels).
+    """
+
+    loss: PreferenceLoss = "sigmoid"
+    beta: float = Field(default=0.1, gt=0)
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
+    gamma: float = Field(default=0.5, ge=0)
+    reference_free: bool = False
+    sft_weight: float = Field(default=0.0, ge=0)
+    soft_labels: bool = True
+
+    @model_validator(mode="after")
+    def _check_dpo(self) -> "DpoSpec":
+        if self.loss in ("conservative", "robust") and self.label_smoothing == 0.0:
+            raise ValueError(f"`loss: {self.loss}` needs `label_smoothing` > 0; without it, it is `sigmoid`")
+        return self
+
+    def unused(self) -> dict[str, tuple[str, str]]:
+        uses = {"label_smoothing": ("conservative", "robust"), "gamma": ("simpo",)}
+        choice = f"`loss: {self.loss}`"
+        unused = {key: (choice, " and ".join(names)) for key, names in uses.items() if self.loss not in names}
+        if self.loss == "simpo":
+            unused["reference_free"] = (choice, "the losses that have a reference")
+        return unused
+
+
+class SamplingSpec(Spec):
+    """How text is generated. `temperature: 0` is greedy; `top_k: 0` and `top_p: 1` are off.
+
+    `batch_size`: prompts decoded together; `samples`: completions per prompt.
+    """
+
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    max_new_tokens: Positive = 256
+    samples: Positive = 1
+    batch_size: Positive = 32
+
+    def unused(self) -> dict[str, tuple[str, str]]:
+        if self.temperature > 0:
+            return {}
+        return dict.fromkeys(("top_p", "top_k"), ("`temperature: 0` (greedy)", "a temperature above 0"))
