@@ -17,6 +17,7 @@ import yaml
 
 from laif_jax.cli.main import main
 from laif_jax.config import StudyConfig, load_config
+from laif_jax.records import read_jsonl
 
 _CACHE_BEFORE = os.environ.get("LAIF_CACHE")
 TRAIN = {"batch_size": 8, "max_length": 48, "max_prompt_length": 24}
@@ -37,6 +38,7 @@ TREE: dict[str, Any] = {
             "max_position": 64,
         },
     },
+    "mesh": {"data": 2, "fsdp": 2, "tensor": 2},  # the simulated devices of `tests/conftest.py`
     "data": {
         "train": {"kind": "symbols", "limit": 40},
         "eval": {"kind": "symbols", "limit": 16, "split": "eval"},
@@ -168,3 +170,12 @@ def calls(folder: Path) -> int:
         return sum(
             store.execute(f"select count(*) from {t}").fetchone()[0] for t in ("responses", "failures")
         )
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return list(read_jsonl(file))
+
+
+def teacher_of(completions: Path) -> str:
+    """Whose answers to training prompts a file of a stage `teach` holds."""
+    return rows(completions)[0]["generator"]

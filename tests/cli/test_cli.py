@@ -1,0 +1,229 @@
+"""The command line: verbs, exit statuses, and messages that say what to do."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import laif_jax.cli
+from laif_jax.cli.main import main
+from laif_jax.models.model import load_model
+from tests.studies import tiny
+
+QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+
+
+def said(capsys) -> str:
+    """The one message on standard error."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("laif: ")
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    """A tiny model in Hugging Face layout."""
+    (stage,) = (tiny.finished() / "runs" / "tiny").glob("pretrain-*")
+    return stage / "model"
+
+
+# ---- help ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        [],
+        ["run"],
+        ["inspect"],
+        ["report"],
+        ["fetch"],
+        ["convert"],
+        ["serve"],
+        ["serve", "labels"],
+        ["serve", "model"],
+    ],
+)
+def test_help(verb, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*verb, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: laif{' ' if verb else ''}{' '.join(verb)}")
+    if not verb:
+        for name in ("run", "inspect", "report", "fetch", "convert", "serve"):
+            assert f"    {name}" in text
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["no-such-verb"], ["run"], ["inspect", "x.yaml", "--stage", "rl"], ["serve"]]
+)
+def test_wrong_arguments_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: laif" in capsys.readouterr().err
+
+
+def test_as_a_module_without_loading_jax():
+    code = "import runpy, sys; sys.argv = ['laif', '--help']\n"
+    code += "try: runpy.run_module('laif_jax.cli', run_name='__main__')\n"
+    code += "except SystemExit as end: print('jax' in sys.modules, end.code)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.startswith("usage: laif ")
+    assert done.stdout.endswith("False 0\n")  # help is there at once
+    direct = subprocess.run(
+        [sys.executable, "-m", "laif_jax.cli", "run", "no-such.yaml"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert direct.returncode == 2
+    assert direct.stdout == ""
+    assert direct.stderr == "laif: no-such.yaml: no such file.\n"
+
+
+def test_the_entry_point():
+    assert laif_jax.cli.main is main
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["run", "inspect"])
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["configs/quickstrat.yaml"], "configs/quickstrat.yaml: no such file"),
+        ([QUICKSTART, "sft.epoch=2"], "sft.epoch: unknown key; did you mean `epochs`?"),
+        ([QUICKSTART, "sft.epochs=many"], "sft.epochs: "),
+        ([QUICKSTART, "sft.epochs"], "override `sft.epochs`: write it as key=value"),
+        ([QUICKSTART, "dpo.gamma=1"], "`gamma` has no effect with `loss: sigmoid`"),
+        ([QUICKSTART, "scale=huge"], "there is no scale `huge`"),
+        ([QUICKSTART, "evaluation.judge.endpoint=strongest"], "did you mean `strong`?"),
+    ],
+)
+def test_a_mistake_in_the_configuration_is_one_message_and_nothing_is_made(
+    verb, arguments, says, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert main([verb, *arguments]) == 2
+    message = said(capsys)
+    assert says in message
+    assert message.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mesh_that_does_not_fit_is_found_before_anything_runs(tmp_path, capsys):
+    assert tiny.run(tmp_path, "mesh.data=3") == 2
+    assert "mesh data=3" in said(capsys)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_traceback_for_those_who_want_it():
+    with pytest.raises(ValueError, match="no such file"):
+        main(["run", "no-such.yaml", "--verbose"])
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr("laif_jax.studies.run.run_study", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["run", QUICKSTART])
+
+
+def test_an_interruption_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("laif_jax.studies.run.run_study", interrupted)
+    assert main(["run", QUICKSTART]) == 130
+    assert "run the same command again" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["report", "{tmp}"], "results.json: no such file. `laif run CONFIG` writes it"),
+        (["fetch", "smollm3"], "smollm2-135m"),
+        (["convert", "{tmp}/nothing", "{tmp}/out"], "nothing: no such model"),
+        (["convert", "{tmp}", "{tmp}/out"], "config.json: no such file"),
+        (["convert", "{tmp}/cut.gguf", "{tmp}/out"], "cut.gguf"),
+        (["serve", "model", "{tmp}/nothing"], "nothing"),
+        (["serve", "labels", "--store", "/dev/null/store", "--port", "0"], "/dev/null/store"),
+    ],
+)
+def test_what_is_not_there_is_named(arguments, says, tmp_path, capsys):
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00")
+    assert main([part.format(tmp=tmp_path) for part in arguments]) == 2
+    assert says in said(capsys)
+
+
+# ---- verbs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_convert(model, tmp_path, capsys, dtype):
+    assert main(["convert", str(model), str(tmp_path / "out"), "--dtype", dtype]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+    before, after = load_model(str(model)), load_model(str(tmp_path / "out"))
+    kernel = [np.asarray(m.params["layers"]["mlp"]["up"]["kernel"]) for m in (before, after)]
+    np.testing.assert_array_equal(np.asarray(jnp.asarray(kernel[0]).astype(dtype), np.float32), kernel[1])
+    if dtype == "float32":
+        name = "model.safetensors"
+        assert (model / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_convert_refuses_a_cut_weight_file(model, tmp_path, capsys):
+    broken = tmp_path / "model"
+    broken.mkdir()
+    for file in model.iterdir():
+        data = file.read_bytes()
+        (broken / file.name).write_bytes(data[:-500] if file.name == "model.safetensors" else data)
+    assert main(["convert", str(broken), str(tmp_path / "out")]) == 2
+    assert "model.safetensors: the file is cut short" in said(capsys)
+    (broken / "model.safetensors").unlink()
+    assert main(["convert", str(broken), str(tmp_path / "out")]) == 2
+    assert str(broken) in said(capsys)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_inspect_shows_the_batches_that_training_saw(stage, tmp_path, capsys):
+    folder = tiny.copy_of_finished(tmp_path)
+    before = tiny.manifests(tmp_path)
+    assert main(["inspect", str(tiny.write(tmp_path)), "--stage", stage]) == 0
+    text = capsys.readouterr().out
+    assert "<assistant>" in text
+    steps = {"sft": "sft weak 25%: 4 steps", "dpo": "dpo LAIF weak: "}
+    assert steps[stage] in text
+    assert tiny.manifests(tmp_path) == before  # nothing was run for it
+    shown = "".join(text.split())
+    if stage == "sft":
+        (file,) = (p for p in folder.glob("teach-*/completions.jsonl.gz") if tiny.teacher_of(p) == "weak")
+        answers = [row["text"] for row in tiny.rows(file)]
+        assert sum(f"<assistant>⟦{answer}" in shown for answer in answers) >= 3
+    else:
+        (file,) = folder.glob("label-*/preferences.jsonl.gz")
+        assert sum(f"<assistant>⟦{row['chosen']['text']}" in shown for row in tiny.rows(file)) >= 3
+
+
+def test_inspect_makes_what_it_reads_and_trains_nothing(tmp_path, capsys):
+    tiny.copy_of_finished(
+        tmp_path, without=["prompts", "teach", "pretrain", "sft", "sample", "label", "dpo", "evaluate"]
+    )
+    assert main(["inspect", str(tiny.write(tmp_path)), "--stage", "sft", "--batches", "2"]) == 0
+    assert sorted(m["kind"] for m in tiny.manifests(tmp_path).values()) == ["prompts", "teach"]
+    arms = [arm for arm in tiny.TREE["arms"] if "optimize" not in arm]
+    capsys.readouterr()
+    path = tiny.write(tmp_path, arms=arms, dpo=..., critics={}, questions=[], sampling=...)
+    assert main(["inspect", str(path), "--stage", "dpo"]) == 2
+    assert "no arm of this study has `optimize: dpo`" in said(capsys)
