@@ -42,6 +42,7 @@ def check_batch(batch: Mapping[str, np.ndarray], step: int) -> None:
 
 
 def empty_message(step: int, batch: Mapping[str, np.ndarray] | None) -> str:
+    """What to tell a user whose batch has nothing to learn from."""
     shapes = f" (its arrays are { ({k: v.shape for k, v in batch.items()}) })" if batch else ""
     return (
         f"the batch of step {step} has no supervised token and no weighted pair{shapes}: there is nothing to "

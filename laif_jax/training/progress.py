@@ -89,6 +89,7 @@ def describe(row: Mapping[str, Any]) -> str:
 
 
 def clock(seconds: float) -> str:
+    """A duration as "m:ss" or "h:mm:ss"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
