@@ -40,13 +40,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # ---- verbs -----------------------------------------------------------------------------------------------------
 
 
+def _check_config(options: argparse.Namespace) -> None:
+    """Tells a mistake in the configuration at once; what the verbs import takes seconds."""
+    from laif_jax.config import load_config
+
+    load_config(options.config, options.overrides)
+
+
 def _run(options: argparse.Namespace) -> int:
+    _check_config(options)
     from laif_jax.studies.run import run_study
 
     return run_study(options.config, options.overrides)
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    _check_config(options)
     from laif_jax.studies.inspect import inspect_stage
 
     inspect_stage(options.config, options.overrides, options.stage, options.batches)

@@ -114,7 +114,11 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
 
 
 def save_tokenizer(directory: epath.PathLike, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Writes tokenizer files that `load_tokenizer` and `transformers` (4 and 5) load; each appears complete."""
+    """Writes tokenizer files that `load_tokenizer` and `transformers` (4 and 5) load; each appears complete.
+
+    Raises:
+      OSError: one cannot be written; what was there before is untouched.
+    """
     folder = epath.Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as local:
@@ -127,6 +131,16 @@ def save_tokenizer(directory: epath.PathLike, tokenizer: PreTrainedTokenizerFast
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         config.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         for file in sorted(Path(local).iterdir()):
-            temporary = folder / f".{file.name}.tmp"
-            temporary.write_bytes(file.read_bytes())
-            temporary.replace(folder / file.name)
+            _write(folder / file.name, file.read_bytes())
+
+
+def _write(path: epath.Path, content: bytes) -> None:
+    temporary = path.parent / f".{path.name}.tmp"
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            error.errno, f"cannot write {path}: {error.strerror or error}. Free space or choose another folder"
+        ) from error
