@@ -11,6 +11,7 @@ import pytest
 
 import laif_jax.cli
 from laif_jax.cli.main import main
+from laif_jax.models import fetch
 from laif_jax.models.model import load_model
 from tests.studies import tiny
 
@@ -71,24 +72,25 @@ def test_wrong_arguments_exit_with_2(arguments, capsys):
     assert "usage: laif" in capsys.readouterr().err
 
 
-def test_as_a_module_without_loading_jax():
-    code = "import runpy, sys; sys.argv = ['laif', '--help']\n"
+def test_help_and_mistakes_are_told_before_jax_is_loaded():
+    """As `python -m laif_jax.cli`: loading takes seconds, a mistyped key should not."""
+    code = "import runpy, sys\n"
     code += "try: runpy.run_module('laif_jax.cli', run_name='__main__')\n"
     code += "except SystemExit as end: print('jax' in sys.modules, end.code)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout.startswith("usage: laif ")
-    assert done.stdout.endswith("False 0\n")  # help is there at once
-    direct = subprocess.run(
-        [sys.executable, "-m", "laif_jax.cli", "run", "no-such.yaml"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert direct.returncode == 2
-    assert direct.stdout == ""
-    assert direct.stderr == "laif: no-such.yaml: no such file.\n"
+
+    def run(*arguments: str) -> tuple[str, str]:
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        return done.stdout, done.stderr
+
+    out, error = run("--help")
+    assert out.startswith("usage: laif ")
+    assert out.endswith("False 0\n")
+    assert error == ""
+    assert run("run", "no-such.yaml") == ("False 2\n", "laif: no-such.yaml: no such file.\n")
+    out, error = run("run", QUICKSTART, "sft.epoch=2")
+    assert out == "False 2\n"
+    assert "did you mean `epochs`?" in error
 
 
 def test_the_entry_point():
@@ -164,6 +166,20 @@ def test_what_is_not_there_is_named(arguments, says, tmp_path, capsys):
     (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00")
     assert main([part.format(tmp=tmp_path) for part in arguments]) == 2
     assert says in said(capsys)
+
+
+def test_weights_with_a_wrong_hash_are_refused(tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "copy.gguf"
+    copy.write_bytes(b"GGUF, but another one")
+    source = fetch.KNOWN["smollm2-135m"]
+    monkeypatch.setenv(source.variable, str(copy))
+    monkeypatch.setenv("LAIF_CACHE", str(tmp_path / "cache"))
+    assert main(["fetch", "smollm2-135m", "--dest", str(tmp_path / "out")]) == 2
+    message = said(capsys)
+    assert source.sha256 in message
+    assert fetch.sha256_of(copy) in message
+    assert str(copy) in message
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 # ---- verbs -----------------------------------------------------------------------------------------------------

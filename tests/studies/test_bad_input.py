@@ -6,6 +6,7 @@ Each test goes on from a finished study, from which the stages that it is about 
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -167,21 +168,31 @@ def test_failures_of_the_critic_are_counted_and_never_become_preferences(tmp_pat
 # ---- disk ------------------------------------------------------------------------------------------------------
 
 
-def test_a_disk_that_fills_up_during_a_stage_loses_nothing(tmp_path, numbers):
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [("label", "preferences.jsonl.gz"), ("dpo", "model/tokenizer.json")],
+)
+def test_a_disk_that_fills_up_during_a_stage_loses_nothing(tmp_path, numbers, kind, file):
+    """/dev/full refuses every byte, as a full disk does."""
     folder = tiny.copy_of_finished(tmp_path)
-    (labels,) = folder.glob("label-*")
-    kept = {name: m for name, m in tiny.manifests(tmp_path).items() if not name.startswith(("label", "dpo"))}
-    shutil.rmtree(labels)
-    labels.mkdir()
-    os.symlink("/dev/full", labels / ".preferences.jsonl.gz.tmp")  # refuses every byte, as a full disk does
+    (stage,) = folder.glob(f"{kind}-*")
+    kept = {name: m for name, m in tiny.manifests(tmp_path).items() if not name.startswith(kind)}
+    shutil.rmtree(stage)
+    target = stage / file
+    full = target.with_name(f".{target.name}.tmp")
+    full.parent.mkdir(parents=True)
+    os.symlink("/dev/full", full)
     paid = tiny.calls(tmp_path)
     assert tiny.run(tmp_path) == 1
     (message,) = errors(tmp_path).values()
-    assert f"cannot write {labels / 'preferences.jsonl.gz'}: No space left on device" in message
+    assert str(target) in message
+    assert "No space left on device" in message
+    assert re.search("[Ff]ree", message), message
     assert list(tiny.results(tmp_path)["arms"]) == ["SFT weak", "SFT strong"]
     after = tiny.manifests(tmp_path)
     assert {name: after[name] for name in kept} == kept
     # Space is free again.
+    full.unlink(missing_ok=True)
     assert tiny.run(tmp_path) == 0
     assert tiny.calls(tmp_path) == paid
     assert tiny.numbers(tiny.results(tmp_path)) == numbers
