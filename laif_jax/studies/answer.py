@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from laif_jax.config.schema import QuestionSpec
+from laif_jax.studies.table import number
 
 PAPER_CONTEXT = (
     "For context: with GPT-4 as critic and judge, Sharma et al. (2024) report SFT on GPT-4's answers 2.6 to 9.8 points "
@@ -64,7 +65,8 @@ def verdict(results: Mapping[str, Any], question: QuestionSpec) -> str:
     low, high = row["ci95"]
     numbers = (
         f"{results['arms'][laif]['win_rate']:.1f}% against {results['arms'][sft]['win_rate']:.1f}%, a difference of "
-        f"{row['delta']:+.1f} points (95% interval {low:+.1f} to {high:+.1f}; {_where(results, row)})."
+        f"{number(row['delta'], 1, sign=True)} points (95% interval {number(low, 1, sign=True)} to "
+        f"{number(high, 1, sign=True)}; {_where(results, row)})."
     )
     if low > 0:
         return f"Yes: LAIF ({laif}) is better than SFT ({sft}) here: {numbers}"

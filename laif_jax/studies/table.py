@@ -112,6 +112,7 @@ def number(value: float | None, digits: int, *, sign: bool = False) -> str:
     """A number with that many digits; a dash for what is not known."""
     if value is None or value != value:
         return "–"
+    value = round(value, digits) + 0.0  # no "-0.0"
     return f"{value:{'+' if sign else ''},.{digits}f}"
 
 

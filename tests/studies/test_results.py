@@ -16,6 +16,7 @@ from laif_jax.stages.context import Context
 from laif_jax.studies import laif
 from laif_jax.studies.graph import Node, Outcome, ordered
 from laif_jax.studies.results import collect, describe, questions
+from laif_jax.studies.table import number
 from tests.studies import tiny
 
 P: dict[str, list[list[float | None]]] = {  # arm -> seed -> prompt
@@ -226,3 +227,8 @@ def test_arms_in_words(tmp_path):
         "SFT on 100% of strong's completions",
         "SFT on 25% of weak's completions, then DPO on strong's judgements (policy vs policy)",
     ]
+
+
+@pytest.mark.parametrize("value", [-0.0, 0.0, -0.04])
+def test_nothing_is_minus_nothing(value):
+    assert number(value, 1, sign=True) == "+0.0"

@@ -60,7 +60,9 @@ def test_results(results, study):
     # Three arms, two of which start from one SFT: it was trained once.
     assert len(list(study.glob("sft-*"))) == 2
     assert len(list(study.glob("dpo-*"))) == 1
-    json.loads((study / "results.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    json.loads(
+        (study / "results.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")
+    )
 
 
 class _Resources(html.parser.HTMLParser):
@@ -115,15 +117,15 @@ def test_nothing_evaluated_was_trained_on_and_sft_and_preferences_use_different_
     train = [Prompt.from_row(row["prompt"]).id for row in read_jsonl(folder / "train.jsonl.gz")]
     evaluated = {row["prompt"]["id"] for row in read_jsonl(folder / "eval.jsonl.gz")}
     assert evaluated.isdisjoint(train)
-    asked = {
-        row["prompt"]["id"] for row in read_jsonl(stage(study, "label") / "preferences.jsonl.gz")
-    }
+    asked = {row["prompt"]["id"] for row in read_jsonl(stage(study, "label") / "preferences.jsonl.gz")}
     assert asked <= set(train[10:])  # the first quarter was for SFT
 
 
 def test_trained_models_load_and_differ_from_what_they_started_from(study):
     (base,) = study.glob("pretrain-*")
-    loaded = [load_model(str(folder / "model")) for folder in (base, *study.glob("sft-*"), *study.glob("dpo-*"))]
+    loaded = [
+        load_model(str(folder / "model")) for folder in (base, *study.glob("sft-*"), *study.glob("dpo-*"))
+    ]
     weights = [np.asarray(model.params["layers"]["mlp"]["up"]["kernel"]) for model in loaded]
     assert len({array.tobytes() for array in weights}) == 4
     assert all(model.tokenizer.decode(model.tokenizer("rev:ab").input_ids) == "rev:ab" for model in loaded)
@@ -132,7 +134,8 @@ def test_trained_models_load_and_differ_from_what_they_started_from(study):
 def test_outputs_are_in_alpaca_evals_form(study):
     files = sorted(study.glob("evaluate-*/model_outputs.json"))
     instructions = [
-        Prompt.from_row(row["prompt"]).instruction for row in read_jsonl(stage(study, "prompts") / "eval.jsonl.gz")
+        Prompt.from_row(row["prompt"]).instruction
+        for row in read_jsonl(stage(study, "prompts") / "eval.jsonl.gz")
     ]
     generators = set()
     for file in files:
@@ -163,7 +166,9 @@ def test_a_changed_setting_runs_again_what_depends_on_it_and_nothing_else(tmp_pa
     assert tiny.run(tmp_path, "evaluation.judge.critic=ab_logprob", "evaluation.bootstrap=100") == 0
     after = tiny.manifests(tmp_path)
     assert {name: manifest for name, manifest in after.items() if name in before} == before
-    assert sorted(manifest["kind"] for name, manifest in after.items() if name not in before) == ["evaluate"] * 3
+    assert (
+        sorted(manifest["kind"] for name, manifest in after.items() if name not in before) == ["evaluate"] * 3
+    )
     assert tiny.calls(tmp_path) > paid
 
 
