@@ -14,6 +14,8 @@ class SimulatedSpec(Spec):
       world: whose notion of quality is the truth: "symbols" (computed by program) or "planted" (read from each
         completion's `meta.quality`).
       skill: of a teacher: probability that each step of an instruction is carried out correctly.
+      errors: of a teacher of the world "symbols": "independent" draws, or "habitual": decided once by operation,
+        length and first symbol, as a model that is asked again errs again.
       accuracy: of a critic: probability that it names the better response when the two differ.
       sharpness: of a critic that gives log-probs: how far its probability is from 1/2 (logit of its verdict).
       tie_rate, position_bias (logit towards the first shown), length_bias (logit per unit of relative length).
@@ -23,6 +25,7 @@ class SimulatedSpec(Spec):
 
     world: Literal["symbols", "planted"] = "symbols"
     skill: Fraction = 1.0
+    errors: Literal["independent", "habitual"] = "independent"
     accuracy: Fraction = 1.0
     sharpness: float = Field(default=4.0, gt=0)
     tie_rate: Fraction = 0.0

@@ -12,6 +12,8 @@ Truths of this world:
 * an answerer of skill s carries out each step correctly with probability s, independently; a failed step is a slip that
   really changes that step's result (`_slip`), so expected quality rises with s. A later step may still undo a slip (a
   wrong order, then `sort`), as in life;
+* a slip is a fresh draw, or a habit: a model that is asked again errs again in the same way, and a student learns the
+  habit, while it averages independent slips away and outgrows its teacher;
 * an instruction belongs to one split for good, by its hash, whatever the seed: evaluation prompts never leak into
   pretraining or training.
 """
@@ -98,12 +100,15 @@ def _edit_distance(a: str, b: str) -> int:
 # ---- answerers of a chosen skill -------------------------------------------------------------------------------
 
 
-def teacher_answer(instruction: str, skill: float, rng: random.Random) -> str:
+def teacher_answer(instruction: str, skill: float, rng: random.Random, habits: str | None = None) -> str:
     """An answer by someone who carries out each step correctly with probability `skill`.
 
     Args:
       skill: in [0, 1]. 1: always the right answer. 0: every step slips.
-      rng: the only source of randomness; the same state gives the same answer.
+      rng: the source of randomness; the same state gives the same answer.
+      habits: None: each step succeeds or slips by a fresh draw. A name: errors are habits of that name. Whether an
+        operation goes wrong on strings of a given length and first symbol, and how, is drawn once for ever; `rng`
+        is not used.
 
     Returns:
       Non-empty, made of a-z alone.
@@ -112,6 +117,8 @@ def teacher_answer(instruction: str, skill: float, rng: random.Random) -> str:
         raise ValueError(f"`skill` must be in [0, 1], found {skill}")
     names, text = parse(instruction)
     for name in names:
+        if habits is not None:
+            rng = random.Random(f"{habits}-{name}-{len(text)}-{text[0]}")
         text = OPERATIONS[name](text) if rng.random() < skill else _slip(OPERATIONS[name], text, rng)
     return text
 

@@ -17,7 +17,8 @@ Misbehaviour is drawn per attempt, in this order: failure (HTTP 500), rate limit
 refusal, garbage (text that answers nothing). Only these depend on the attempt; all draws depend on the seed, the
 model's name and the content alone, never on time, order or concurrency.
 
-A teacher of the world "symbols" carries out each step of an instruction with probability `skill`. One of the world
+A teacher of the world "symbols" carries out each step of an instruction with probability `skill`; its errors are
+independent draws, or habits (`symbols.teacher_answer`). One of the world
 "planted" writes `[quality 0.731] ...`: a quality drawn around its skill, which planted critics read back. Planted
 critics otherwise read the completion's `meta.quality`.
 """
@@ -94,7 +95,8 @@ class SimulatedProvider:
         spec, seed = self.spec, (self.spec.seed, self.endpoint.model, truth.instruction, call.sample)
         if spec.world == "symbols":
             number = int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:8], "big")
-            return symbols.teacher_answer(truth.instruction, spec.skill, random.Random(number))
+            habits = f"{spec.seed}-{self.endpoint.model}" if spec.errors == "habitual" else None
+            return symbols.teacher_answer(truth.instruction, spec.skill, random.Random(number), habits)
         draws = _draws("teacher", *seed)
         # Uniform within 0.2 of the skill, inside [0, 1].
         quality = min(max(spec.skill + 0.4 * (draws[0] - 0.5), 0.0), 1.0)
