@@ -1,5 +1,6 @@
 """`laif inspect`: the batches that a training stage of a study will really see."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -44,8 +45,16 @@ def inspect_stage(config_path: str, overrides: Sequence[str], stage: str, count:
     tokenizer = load_tokenizer(config.model.tokenizer or resolve(config.model.source))
     batches = _batches(ctx, stage, tokenizer, inputs)
     console = Console()
-    console.print(f"{node.name}: {batches.total_steps} steps of {batches.layout}")
-    console.print(f"{batches.report}")
+    layout, report = batches.layout, batches.report
+    console.print(
+        f"{node.name}: {batches.total_steps} steps of {layout.micro_batches} micro-batch(es) of {layout.rows} rows of "
+        f"{layout.row_length} tokens, at most {layout.max_segments} example(s) in a row"
+    )
+    console.print(
+        ", ".join(
+            f"{name.replace('_', ' ')} {value:.3g}" for name, value in dataclasses.asdict(report).items()
+        )
+    )
     for step in range(min(count, batches.total_steps)):
         console.print(render(batches.at(step), tokenizer, flags=batches.flags))
 

@@ -44,7 +44,8 @@ def write_report(
 def print_results(results: Mapping[str, Any]) -> None:
     """Prints arms, comparisons and the answer to the terminal."""
     console = Console(highlight=False)
-    text = results_table(results, width=max(80, console.width), color=console.is_terminal)
+    width = max(80, console.width) if console.is_terminal else 110
+    text = results_table(results, width=width, color=console.is_terminal)
     console.file.write(text)
 
 

@@ -152,11 +152,18 @@ def _judge(config: StudyConfig, replicates: Sequence[Replicate], outcomes: Outco
     judge: dict[str, Any] = {
         "endpoint": spec.endpoint,
         "provider": endpoint.provider,
-        "model": endpoint.gguf or endpoint.checkpoint or endpoint.model,
+        "model": "simulated"
+        if endpoint.simulated
+        else endpoint.gguf or endpoint.checkpoint or endpoint.model,
         "critic": spec.critic,
         "order": spec.order,
         "reference": config.evaluation.reference,
     }
+    if endpoint.simulated:
+        judge["note"] = (
+            f"The judge is simulated: of two answers that differ in quality it favours the better one with probability "
+            f"{endpoint.simulated.accuracy:g}."
+        )
     node = replicates[0].agreement
     if node and (artifact := outcomes[node].artifact):
         judge["agreement"] = artifact.metrics["by_source"]

@@ -68,26 +68,43 @@ def results_table(results: Mapping[str, Any], *, width: int = 110, color: bool =
     parts: list[Any] = [_arms(results)]
     if results.get("comparisons"):
         parts.append(_comparisons(results))
-    if results.get("answer"):
-        parts.append(Text(str(results["answer"])))
+    parts += [Text(f"{line}\n") for line in _answer_lines(results)]
     console.print(Group(*parts))
     return buffer.getvalue()
+
+
+def _answer_lines(results: Mapping[str, Any]) -> list[str]:
+    """A paragraph per question, then what weakens the answers, each sentence once; without questions, `answer`."""
+    rows = results.get("answers") or []
+    if not rows:
+        return [str(results["answer"])] if results.get("answer") else []
+    caveats = dict.fromkeys(text for row in rows for text in row.get("caveats") or [])
+    return [str(row["verdict"]) for row in rows] + ([" ".join(caveats)] if caveats else [])
 
 
 def _arms(results: Mapping[str, Any]) -> Table:
     rows = results["arms"]
     truth = any(arm.get("true_quality") is not None for arm in rows.values())
     table = Table(
-        title=f"{escape(str(results.get('name', 'study')))}: win rate against the reference", box=box.SIMPLE
+        title=f"{escape(str(results.get('name', 'study')))}: win rate against the reference",
+        box=box.SIMPLE,
+        collapse_padding=True,
+        pad_edge=False,
     )
-    table.add_column("arm")
-    names = ["win rate %", "± SE", "n", "wins", "ties", "losses", "coverage", "length"]
-    for name in names + (["true quality"] if truth else []):
+    gaps = any((arm.get("coverage") or 1.0) < 1.0 for arm in rows.values())
+    table.add_column("arm", min_width=min(24, max((len(str(name)) for name in rows), default=3)))
+    names = ["win %", "± SE", "n", "win/tie/loss", *(["coverage"] if gaps else []), "length"]
+    for name in names + (["quality"] if truth else []):
         table.add_column(name, justify="right")
     for name, arm in rows.items():
-        cells = [number(arm.get("win_rate"), 1), number(arm.get("standard_error"), 1)]
-        cells += [number(arm.get(key), 0) for key in ("n", "wins", "ties", "losses")]
-        cells += [percent(arm.get("coverage")), number(arm.get("mean_length"), 1)]
+        cells = [
+            number(arm.get("win_rate"), 1),
+            number(arm.get("standard_error"), 1),
+            number(arm.get("n"), 0),
+        ]
+        cells += ["/".join(number(arm.get(key), 0) for key in ("wins", "ties", "losses"))]
+        cells += [percent(arm.get("coverage"))] if gaps else []
+        cells += [number(arm.get("mean_length"), 1)]
         table.add_row(escape(str(name)), *cells, *([number(arm.get("true_quality"), 3)] if truth else []))
     return table
 
