@@ -1,14 +1,18 @@
 # Two commands for a bare clone: `make quickstart` and `make test`.
 #   make test PYTHON=python3.12   runs the same tests on the newer row of versions.
-PYTHON ?= python3
-VENV   ?= .venv$(shell $(PYTHON) -c 'import sys; print("" if sys.version_info < (3, 12) else "-3.%d" % sys.version_info[1])')
-ROW    := $(shell $(PYTHON) -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")')
-BIN    := $(VENV)/bin
+PYTHON  ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+# The two rows of locked versions: jax 0.11 dropped Python 3.11.
+ROW     := $(if $(filter 3.11,$(VERSION)),py311,py312)
+VENV    ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(VERSION))
+BIN     := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: quickstart test test-slow check format lock clean
 
 $(VENV)/.installed: pyproject.toml requirements/$(ROW).txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "$(PYTHON) is Python $(VERSION); 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements/$(ROW).txt
