@@ -1,6 +1,6 @@
 """Schemas of the model, the mesh, training and sampling."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -45,7 +45,8 @@ class ModelSpec(Spec):
       tokenizer: where the tokenizer comes from; None: the model's own. "symbols": the synthetic world's.
       template: "model": the tokenizer's own chat template; "human_assistant": the paper's plain template.
       dtype: of compute; the weights that the optimiser sees are always float32.
-      save_dtype: of the weights that a stage writes for the next one and for you.
+      save_dtype: of the weights that a stage writes for the next one and for you. bfloat16 halves the files, and rounds
+        away updates smaller than about 1/500 of a weight: a short preference optimisation can vanish in it.
       remat: what the backward pass recomputes: "none", "full" (whole blocks) or "dots" (all but matrix products).
       logprob_chunk: tokens per chunk of the vocabulary log-probs.
     """
@@ -55,7 +56,7 @@ class ModelSpec(Spec):
     tokenizer: str | None = None
     template: Literal["model", "human_assistant"] = "model"
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "dots"] = "full"
     logprob_chunk: Positive = 1024
     lora: LoraSpec | None = None
@@ -93,6 +94,7 @@ class OptimizerSpec(Spec):
     Attributes:
       warmup: optimiser steps of linear warm-up from 0. clip_norm: global gradient norm; None: no clipping.
       momentum, decay: of RMSprop (`decay` is torch's alpha, 0.99 in the paper).
+      b2: of AdamW's second moment, or of Lion's momentum: there 0.99 if not given (Chen et al. 2023, section 4).
     """
 
     name: Literal["adamw", "rmsprop", "adafactor", "lion"] = "adamw"
@@ -106,6 +108,12 @@ class OptimizerSpec(Spec):
     decay: Fraction = 0.99
     momentum: Fraction = 0.0
     clip_norm: float | None = Field(default=1.0, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lion_b2(cls, data: Any) -> Any:
+        """Written down here, so that the saved configuration and a stage's key hold the value that is used."""
+        return {"b2": 0.99} | data if isinstance(data, dict) and data.get("name") == "lion" else data
 
     def unused(self) -> dict[str, tuple[str, str]]:
         uses = {

@@ -142,5 +142,6 @@ def _write(path: epath.Path, content: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(
-            error.errno, f"cannot write {path}: {error.strerror or error}. Free space or choose another folder"
+            error.errno,
+            f"cannot write {path}: {error.strerror or error}. Free space or choose another folder",
         ) from error
