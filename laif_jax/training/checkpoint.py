@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from laif_jax.parallel import barrier, is_main
+from laif_jax.parallel import barrier, from_main, is_main
 from laif_jax.records import fingerprint
 from laif_jax.records.errors import LaifError
 from laif_jax.training.state import TrainState
@@ -167,6 +167,7 @@ class Checkpointer:
         """
         if not self._committed():
             return None
+        self._set_aside_unopenable()
         manager = self._open()
         failures = []
         for step in sorted(manager.all_steps(), reverse=True):
@@ -179,6 +180,10 @@ class Checkpointer:
                 self._set_aside(manager, step, error)
                 continue
             return restored
+        if (
+            not failures
+        ):  # buckets have no renames: a killed save's folder had the step's name, and was cleaned
+            return None
         raise CheckpointError(
             f"no checkpoint in {self.directory} can be read ({'; '.join(failures)}). They were set aside as corrupt-*; "
             "start the same command again to train from the beginning"
@@ -211,14 +216,37 @@ class Checkpointer:
         state = TrainState(tree["step"], tree["trainable"], like.frozen, tree["opt_state"], healthy)
         return state, body["loop"]
 
+    def _set_aside_unopenable(self) -> None:
+        """Orbax reads the description of every step when it opens a folder, and one that is not an object stops it."""
+        # Process 0 looks for all: once it renames, the others would not see what it saw.
+        for step in from_main(self._unopenable):
+            self._rename_aside(step, ValueError("its metadata does not describe a checkpoint"))
+
+    def _unopenable(self) -> list[int]:
+        bad = []
+        for step in self._committed():
+            file = self.directory / str(step) / "_CHECKPOINT_METADATA"
+            try:
+                description = json.loads(file.read_text() or "{}") if file.exists() else {}
+            except ValueError:  # orbax itself copes with text that is no JSON
+                continue
+            if not isinstance(description, dict) or not isinstance(
+                description.get("item_handlers", {}), dict | str
+            ):
+                bad.append(step)
+        return bad
+
     def _set_aside(self, manager: ocp.CheckpointManager, step: int, error: BaseException) -> None:
+        self._rename_aside(step, error)
+        manager.reload()
+
+    def _rename_aside(self, step: int, error: BaseException) -> None:
         bad, aside = self.directory / str(step), self.directory / f"corrupt-{step}"
         if is_main():
             if aside.exists():
                 aside.rmtree()
             bad.rename(aside)
         barrier(f"set-aside-{step}")
-        manager.reload()
         log.warning(
             "checkpoint %s cannot be read (%s); it was set aside as %s, and training goes on from the one before it",
             bad,
@@ -232,8 +260,17 @@ class StructureError(ValueError):
 
 
 _MISMATCH = (StructureError,)
-# What orbax and tensorstore raise for missing, truncated or altered files.
-_UNREADABLE = (ValueError, OSError, KeyError, TypeError, RuntimeError, json.JSONDecodeError, zlib.error)
+# What orbax and tensorstore raise for missing, truncated or altered files; for altered metadata, whatever comes of it.
+_UNREADABLE = (
+    ValueError,
+    OSError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    zlib.error,
+)
 
 
 def _first_line(error: BaseException) -> str:

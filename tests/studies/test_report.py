@@ -244,7 +244,17 @@ def test_terminal_table():
     assert "more in the report" in text
     assert "\x1b" not in text
     odd = fake_results()
-    odd["name"], odd["answer"] = "[bold]x[/bold]", "[red]plain[/red] \x1b[31mtext"
+    odd["name"], odd["answer"], odd["answers"] = "[bold]x[/bold]", "[red]plain[/red] \x1b[31mtext", []
     assert "[red]plain[/red]" in results_table(odd)
     assert "[bold]x[/bold]" in results_table(odd)
     assert "\x1b" not in results_table(odd)
+
+
+def test_costs_that_are_not_known_are_not_zero_dollars():
+    results = fake_results()
+    for stage in results["stages"]:
+        stage.pop("cost", None)
+        (stage.get("usage") or {}).pop("cost", None)
+    row = re.search(r'<tr class="asked"><td>all</td>.*?</tr>', report.render(results, {}, []), re.DOTALL)
+    assert row
+    assert row[0].endswith("<td>–</td></tr>")

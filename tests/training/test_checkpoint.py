@@ -110,6 +110,27 @@ def test_a_damaged_checkpoint_never_gives_wrong_values(tmp_path, pick, damage, a
     assert_is_step(restored, int(restored[0].step))
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"item_handlers": []}', '{"tree_metadata": {"a": {}}}', "\xff"]
+)
+def test_altered_metadata_of_any_kind_is_no_crash(tmp_path, content):
+    """Orbax then fails in many ways, AttributeError among them."""
+    names = sorted({p.name for p in _saved_files(tmp_path / "one") if p.name.startswith("_")})
+    assert names
+    for name in names:
+        root = tmp_path / name
+        for victim in [p for p in _saved_files(root) if p.name == name and "2" in p.relative_to(root).parts]:
+            victim.write_text(content)
+        restored = restore(root)
+        assert_is_step(restored, int(restored[0].step))
+
+
+def _saved_files(root):
+    if not root.exists():
+        save_steps(root, 1, 2)
+    return [p for p in root.rglob("*") if p.is_file()]
+
+
 def test_a_truncated_latest_checkpoint_is_set_aside_and_named(tmp_path, caplog):
     save_steps(tmp_path, 1, 2)
     victim = max((tmp_path / "2" / "state" / "d").iterdir(), key=lambda p: p.stat().st_size)
@@ -128,6 +149,12 @@ def test_no_readable_checkpoint_is_an_error_that_says_what_to_do(tmp_path):
         shutil.rmtree(tmp_path / step / "state")
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read .*train from the beginning"):
         restore(tmp_path)
+
+
+def test_a_save_that_a_kill_left_uncommitted_in_a_bucket_is_nothing_restored(tmp_path, monkeypatch):
+    """There its folder has the step's own name until orbax, which knows better, opens and cleans the checkpoints."""
+    monkeypatch.setattr(Checkpointer, "_committed", lambda self: [3])
+    assert restore(tmp_path) is None
 
 
 def test_a_checkpoint_of_another_model_or_optimizer_is_refused_and_kept(tmp_path):
