@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException, Query, Request
 from fastapi.responses import StreamingResponse
@@ -66,6 +67,7 @@ def create_app(store: Store, on_start: Callable[[], None] | None = None) -> Fast
 
     @app.post("/v1/jobs", openapi_extra=schema, status_code=202)
     async def submit(request: Request) -> JobStatus:
+        _refuse_strangers(request)
         body = await request.body()
         try:
             work = await asyncio.to_thread(_read_work, body)
@@ -119,6 +121,24 @@ def create_app(store: Store, on_start: Callable[[], None] | None = None) -> Fast
         return Stats.model_validate(await asyncio.to_thread(store.stats))
 
     return app
+
+
+def _refuse_strangers(request: Request) -> None:
+    """A job names an address and the variable that holds the key for it, so a web page that the user of this machine
+    happens to look at must not be able to submit one. Browsers let pages of other sites send no JSON unasked, and
+    say from which site a request comes."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise HTTPException(
+            415, detail="send the job as JSON, with the header Content-Type: application/json"
+        )
+    origin = request.headers.get("origin")
+    # The service's own /docs page on this machine has an origin too.
+    if origin is not None and (urlsplit(origin).hostname or "") not in _OWN_NAMES:
+        raise HTTPException(403, detail=f"jobs are not taken from web pages of other sites ({origin})")
+
+
+_OWN_NAMES = ("127.0.0.1", "localhost", "::1")
 
 
 def _read_work(body: bytes) -> Work:
