@@ -1,6 +1,7 @@
 """Schemas of endpoints, teachers, critics and the labelling service."""
 
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
@@ -39,6 +40,9 @@ class SimulatedSpec(Spec):
     latency: float = Field(default=0.0, ge=0)
     seed: int = 0
 
+    def unused(self) -> dict[str, tuple[str, str]]:
+        return {"errors": ("`world: planted`", "`world: symbols`")} if self.world == "planted" else {}
+
 
 class EndpointSpec(Spec):
     """A model that answers requests: a teacher, a critic or a judge.
@@ -49,6 +53,7 @@ class EndpointSpec(Spec):
         server over the folder `checkpoint`, likewise.
       api_key_env: the *name* of the environment variable that holds the key; keys are never written in a config.
       concurrency: calls in flight at most. timeout: seconds per call. max_attempts: tries per call.
+      prompt_price, completion_price: US dollars per million tokens, for the report's costs; None: not known.
     """
 
     provider: Literal["openai", "simulated", "llama_cpp", "checkpoint"]
@@ -62,6 +67,8 @@ class EndpointSpec(Spec):
     concurrency: Positive = 8
     timeout: float = Field(default=120.0, gt=0)
     max_attempts: Positive = 6
+    prompt_price: float | None = Field(default=None, ge=0)
+    completion_price: float | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> "EndpointSpec":
@@ -73,6 +80,15 @@ class EndpointSpec(Spec):
         }
         if getattr(self, needs[self.provider]) is None:
             raise ValueError(f"`provider: {self.provider}` needs `{needs[self.provider]}`")
+        parts = urlsplit(self.base_url or "")
+        if parts.username or parts.password or parts.query:
+            # The resolved configuration is written to the study's folder.
+            raise ValueError(
+                "`base_url` carries a user name, password or query. Put the key in an environment variable, name the "
+                "variable in `api_key_env`, and give the plain address"
+            )
+        if (self.prompt_price is None) != (self.completion_price is None):
+            raise ValueError("give both of `prompt_price` and `completion_price`, or none")
         return self
 
     def unused(self) -> dict[str, tuple[str, str]]:

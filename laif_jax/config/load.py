@@ -157,6 +157,11 @@ def validate(tree: Mapping[str, Any], where: str) -> StudyConfig:
     except pydantic.ValidationError as error:
         lines = [_describe(item) for item in error.errors()]
         raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from error
+    try:
+        expand_arms(config)
+    except pydantic.ValidationError as error:  # the listed arms are valid: one that `matrix` makes is not
+        lines = [_describe(item) for item in error.errors()]
+        raise ConfigError("\n".join(f"{where}: matrix: {line}" for line in lines)) from error
     problems = list(_dangling_names(config))
     if problems:
         raise ConfigError("\n".join(f"{where}: {line}" for line in problems))
@@ -249,7 +254,7 @@ def _dangling_names(config: StudyConfig) -> Iterable[str]:
             yield from check("matrix.critics", critic, config.critics, "critic")
         if config.matrix.critics and config.dpo is None:
             yield "matrix.critics: arms with a critic need the section `dpo`"
-    if not config.arms and not config.matrix:
+    if not expand_arms(config):
         yield "arms: give `arms` or `matrix`; there is nothing to run"
     names = [arm.name for arm in expand_arms(config)]
     for name in {n for n in names if names.count(n) > 1}:
@@ -264,6 +269,12 @@ def _dangling_names(config: StudyConfig) -> Iterable[str]:
         yield "data.symbols: has no effect; no source has `kind: symbols`"
     if config.pretrain is not None and (config.model.source != "scratch" or not symbols):
         yield "pretrain: has an effect only with `model.source: scratch` and a source of `kind: symbols`"
+    for key, sampling in (("sampling", config.sampling), ("evaluation.sampling", config.evaluation.sampling)):
+        if sampling.samples != 1:
+            yield (
+                f"{key}.samples: has no effect; the study takes two samples per prompt for `policy_vs_policy`, "
+                "and one everywhere else. Remove it"
+            )
     if config.dpo is not None and not any(arm.optimize == "dpo" for arm in expand_arms(config)):
         yield "dpo: has no effect; no arm has `optimize: dpo`"
 

@@ -75,6 +75,10 @@ class PromptSource(Spec):
             raise ValueError("`kind: symbols` needs `limit`, the number of prompts to make")
         if self.kind != "symbols" and self.path is None:
             raise ValueError(f"`kind: {self.kind}` needs `path`")
+        if self.kind in ("jsonl", "parquet", "arrayrecord") and self.split != "train":
+            raise ValueError(
+                f"`split` has no effect with `kind: {self.kind}`; name the split's file in `path`"
+            )
         return self
 
     def unused(self) -> dict[str, tuple[str, str]]:
@@ -152,6 +156,9 @@ class MatrixSpec(Spec):
     critics: tuple[str, ...] = ()
     pairs: tuple[Literal["policy_vs_policy", "policy_vs_teacher"], ...] = ("policy_vs_policy",)
     optimize: tuple[Literal["dpo"], ...] = ("dpo",)
+
+    def unused(self) -> dict[str, tuple[str, str]]:
+        return {} if self.critics else dict.fromkeys(("pairs", "optimize"), ("no `critics`", "`critics`"))
 
 
 class QuestionSpec(Spec):

@@ -78,6 +78,20 @@ def test_loads_and_round_trips(path):
         ("evaluation.reference=nobody", ["evaluation.reference", "nobody"]),
         ("questions=[{laif: laif, sft: stf}]", ["questions.0.sft", "did you mean `sft`"]),
         ("arms=[]", ["nothing to run"]),
+        (
+            "data.eval={kind: jsonl, path: x.jsonl, split: test}",
+            ["data.eval", "`split` has no effect", "`path`"],
+        ),
+        ("endpoints.mind.prompt_price=3", ["endpoints.mind", "both of `prompt_price`"]),
+        ("sampling.samples=4", ["sampling.samples", "has no effect"]),
+        ("evaluation.sampling.samples=2", ["evaluation.sampling.samples", "has no effect"]),
+        ("matrix={teachers: [weak], shares: [1.5]}", ["matrix", "share", "less than or equal to 1"]),
+        ("matrix={teachers: [weak], shares: [1.0], critics: [strong]}", ["matrix", "leaves no prompts"]),
+        ("matrix={teachers: [weak], pairs: [policy_vs_teacher]}", ["matrix", "`pairs` has no effect"]),
+        (
+            "endpoints.mind.simulated={world: planted, errors: habitual}",
+            ["endpoints.mind.simulated", "`errors` has no effect", "symbols"],
+        ),
         ("arms.9.share=1", ["list of 2", "0 to 1"]),
         ("name.x=1", ["`name` is a value"]),
     ],
@@ -142,6 +156,19 @@ def test_matrix_expands_to_named_arms(path):
         "laif-strong-strong",
     ]
     assert arms["laif-weak-strong"].share == 0.1
+
+
+@pytest.mark.parametrize("url", ["http://me:geheim@host/v1", "https://host/v1?key=geheim"])
+def test_an_address_with_a_secret_in_it_is_refused_before_it_is_written_anywhere(path, url):
+    endpoints = {**BASE["endpoints"], "remote": {"provider": "openai", "base_url": url}}
+    with pytest.raises(ConfigError, match="api_key_env") as error:
+        load_config(path(endpoints=endpoints))
+    assert "geheim" not in str(error.value)
+
+
+def test_a_matrix_without_teachers_is_nothing_to_run(path):
+    with pytest.raises(ConfigError, match="nothing to run"):
+        load_config(path(arms=[], dpo=None, matrix={"teachers": []}))
 
 
 def test_configs_are_frozen(path):
