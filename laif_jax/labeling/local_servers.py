@@ -38,14 +38,23 @@ def running(spec: EndpointSpec) -> Generator[Endpoint]:
     """
     if spec.provider == "llama_cpp":
         with start_llama_cpp(spec) as url:
-            yield Endpoint.from_spec(spec, base_url=url, identity=f"gguf:{_file_id(_gguf(spec))}")
+            yield Endpoint.from_spec(spec, base_url=url, identity=weights_id(spec))
     elif spec.provider == "checkpoint":
         with start_checkpoint_server(spec) as url:
-            yield Endpoint.from_spec(
-                spec, base_url=url, identity=f"checkpoint:{_folder_id(_checkpoint(spec))}"
-            )
+            yield Endpoint.from_spec(spec, base_url=url, identity=weights_id(spec))
     else:
         yield Endpoint.from_spec(spec)
+
+
+def weights_id(spec: EndpointSpec) -> str:
+    """The hash of a local model's weights, whatever its file or folder is called; "" for other endpoints.
+
+    Raises:
+      EndpointError: the model is not there.
+    """
+    if spec.provider == "llama_cpp":
+        return f"gguf:{_file_id(_gguf(spec))}"
+    return f"checkpoint:{_folder_id(_checkpoint(spec))}" if spec.provider == "checkpoint" else ""
 
 
 @contextlib.contextmanager

@@ -4,21 +4,24 @@ from typing import Any
 
 from etils import epath
 
+from laif_jax.data.readers import resolve
 from laif_jax.evaluation.agreement import agreement_by_source, labels_from_p, read_human_labels
-from laif_jax.records import Comparison, Completion, Prompt, file_sha256, write_jsonl
+from laif_jax.records import Comparison, Completion, Prompt, Status, file_sha256, write_jsonl
 from laif_jax.stages import label
 from laif_jax.stages.artifact import Artifact, StageError, run_stage
 from laif_jax.stages.context import Context
+from laif_jax.stages.usage import usage_of
 
 
 def run(ctx: Context) -> Artifact:
-    """Judges pairs with human labels. Metrics: `by_source`, a list of the fields of `evaluation.agreement.Agreement`.
+    """Judges pairs with human labels. Metrics: `by_source`, a list of the fields of `evaluation.agreement.Agreement`,
+    and `usage`.
 
-    A weak judge is a finding, not a failure: unparsable answers lower the coverage and are reported.
+    A weak judge is a finding, not a failure: unparsable answers lower the coverage and are reported. A judge that gave
+    no answer at all to more pairs than `labeling.min_coverage` allows ends the stage.
     """
     evaluation = ctx.config.evaluation
-    root = ctx.config.data.root
-    path = epath.Path(root) / (evaluation.agreement or "") if root else epath.Path(evaluation.agreement or "")
+    path = resolve(evaluation.agreement or "", ctx.config.data.root)
     if not path.exists():
         raise StageError(
             f"{path}: no such file of human labels (`evaluation.agreement`); check it and `data.root`"
@@ -35,13 +38,18 @@ def run(ctx: Context) -> Artifact:
         comparisons = [_comparison(row.prompt, row.a, row.b) for row in rows]
         judgements = label.judge(ctx, evaluation.judge, comparisons)
         write_jsonl(folder / "judgements.jsonl.gz", judgements)
+        answered = sum(judgement.status is not Status.FAILED for judgement in judgements)
+        label.check_coverage(ctx, "the judge, asked about pairs with human labels,", answered, judgements)
         results = agreement_by_source(
             labels_from_p([judgement.p_b for judgement in judgements]),
             [row.human for row in rows],
             [(row.a, row.b) for row in rows],
             [row.source for row in rows],
         )
-        return {"by_source": [result.to_dict() for result in results]}
+        return {
+            "by_source": [result.to_dict() for result in results],
+            "usage": usage_of(judgements, ctx.config.endpoints[evaluation.judge.endpoint]),
+        }
 
     return run_stage("agreement", settings, {}, ctx.root, work, main_only=True)
 

@@ -115,7 +115,8 @@ def _pretrain(ctx: Context) -> Artifact:
         batches = sft_batches(
             [encode(prompt) for prompt in prompts], **fit.batch_options(ctx, spec, model.tokenizer)
         )
-        return fit.fit(ctx, folder, "pretrain", model, sft_task, spec, batches)
+        shown = prompts[: fit.SHOWN]
+        return fit.fit(ctx, folder, "pretrain", model, sft_task, spec, batches, shown=shown)
 
     return run_stage("pretrain", settings, {}, ctx.root, work)
 

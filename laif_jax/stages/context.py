@@ -16,6 +16,7 @@ from laif_jax.labeling.local_servers import running
 from laif_jax.labeling.service import start_service
 from laif_jax.models import fetch
 from laif_jax.parallel import distributed, mesh
+from laif_jax.stages.artifact import StageError
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +38,20 @@ class Services(contextlib.AbstractContextManager):
 
     @functools.cached_property
     def client(self) -> LabelClient:
-        """A client of the labelling service: the one at `labeling.url`, or one started for this study."""
+        """A client of the labelling service: the one at `labeling.url`, or one started for this study.
+
+        Raises:
+          StageError: the store would be in a bucket, where SQLite cannot be.
+        """
         spec = self._config.labeling
         if spec.url is not None:
             return self._stack.enter_context(LabelClient(spec.url, poll=spec.poll))
         store = spec.store or str(self._root / "labels")
+        if "://" in store:
+            raise StageError(
+                f"the labelling store cannot be at {store}: it needs a disk of this machine. Set `labeling.store` to a "
+                "folder that outlives the machine's job, or `labeling.url` to a service that runs elsewhere"
+            )
         service = self._stack.enter_context(start_service(store))
         return self._stack.enter_context(service.client(poll=spec.poll))
 

@@ -59,7 +59,7 @@ def run(ctx: Context, prompts: Artifact, samples: Artifact, references: Artifact
         )
         return {
             **metrics.to_dict(),
-            "usage": usage_of(judgements),
+            "usage": usage_of(judgements, ctx.config.endpoints[judge.endpoint]),
             "mean_length": mean_length(texts),
             "reference_mean_length": mean_length([a for a, _ in pairs]),
             "longest_wins": longest_wins_rate([a for a, _ in pairs], [b for _, b in pairs]).win_rate,

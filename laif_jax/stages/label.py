@@ -8,7 +8,9 @@ from etils import epath
 
 from laif_jax.config import CriticSpec
 from laif_jax.evaluation.labels import label_summary
+from laif_jax.labeling.critic import load_critic, shipped_critics
 from laif_jax.labeling.preferences import to_preferences
+from laif_jax.parallel import distributed
 from laif_jax.records import Comparison, Completion, Judgement, Preference, Prompt, read_jsonl, write_jsonl
 from laif_jax.stages import prompts as prompts_stage
 from laif_jax.stages import sample as sample_stage
@@ -53,7 +55,7 @@ def run(
         return {
             "comparisons": len(comparisons),
             "preferences": len(preferences),
-            "usage": usage_of(judgements),
+            "usage": usage_of(judgements, ctx.config.endpoints[spec.endpoint]),
             **label_summary(judgements, single),
             **counts,
         }
@@ -79,8 +81,13 @@ def judge(ctx: Context, spec: CriticSpec, comparisons: list[Comparison]) -> list
 
 
 def critic_settings(ctx: Context, spec: CriticSpec) -> dict[str, Any]:
-    """What a critic's verdicts depend on."""
-    return spec.resolved() | {"endpoint": teach_stage.endpoint_settings(ctx, spec.endpoint)}
+    """What a critic's verdicts depend on. A critic's own folder counts by its content, not by its path."""
+    own = spec.critic not in shipped_critics()
+    critic = distributed.from_main(lambda: load_critic(spec.critic).hash) if own else spec.critic
+    return spec.resolved() | {
+        "endpoint": teach_stage.endpoint_settings(ctx, spec.endpoint),
+        "critic": critic,
+    }
 
 
 def check_coverage(ctx: Context, who: str, decided: int, judgements: list[Judgement]) -> None:

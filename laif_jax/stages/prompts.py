@@ -5,6 +5,7 @@ from typing import Any
 from etils import epath
 
 from laif_jax.config import PromptSource
+from laif_jax.data.readers import resolve
 from laif_jax.data.sources import SourceRow, load_prompts
 from laif_jax.records import DataError, Prompt, file_sha256, read_jsonl, write_jsonl
 from laif_jax.stages.artifact import Artifact, run_stage
@@ -60,11 +61,25 @@ def _to_row(row: SourceRow) -> dict[str, Any]:
 
 
 def _source_settings(source: PromptSource, root: str | None) -> dict[str, Any]:
-    """The source with the hash of its file's content in place of its path: moving the data changes no key."""
+    """The source with the hash of its files' content in place of its path: moving the data changes no key. What has no
+    files of its own here (a name on the Hub or of TFDS) is known by its name and `root`."""
     settings = source.resolved()
     if source.path is None:
         return settings
-    path = epath.Path(root) / source.path if root else epath.Path(source.path)
+    path = resolve(source.path, root)
     if path.is_file():
         settings["path"] = file_sha256(path)
+    elif files := _files_of(path, deep=source.kind in ("hf", "tfds")):
+        settings["path"] = {str(file.relative_to(path.parent)): file_sha256(file) for file in files}
+    elif source.kind == "tfds":
+        settings["root"] = root
     return settings
+
+
+def _files_of(path: epath.Path, deep: bool) -> list[epath.Path]:
+    """The files of a pattern (`*` in the last part) or of a folder; `deep`: and of the folders in it."""
+    if "*" in path.name:
+        found = path.parent.glob(path.name) if path.parent.exists() else ()
+    else:
+        found = path.glob("**/*" if deep else "*") if path.is_dir() else ()
+    return sorted(file for file in found if file.is_file())

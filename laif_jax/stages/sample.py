@@ -13,7 +13,7 @@ from laif_jax.records import Completion, Usage, read_jsonl, write_jsonl
 from laif_jax.rollout.generate import generate
 from laif_jax.rollout.score import logp_difference
 from laif_jax.stages import prompts as prompts_stage
-from laif_jax.stages.artifact import Artifact, run_stage
+from laif_jax.stages.artifact import Artifact, StageError, run_stage
 from laif_jax.stages.base import compute_dtype, model_folder, model_settings
 from laif_jax.stages.context import Context
 from laif_jax.stages.progress import progress_lines
@@ -49,6 +49,11 @@ def run(
 
     def work(folder: epath.Path) -> dict[str, Any]:
         rows = prompts_stage.read(prompts, split)[start:stop]
+        if not rows:
+            raise StageError(
+                f"no prompts are left to sample for: the share for SFT takes all {start} of them. Give more prompts "
+                "(`data.train`) or a smaller `share`"
+            )
         loaded = load_model(str(model_folder(model)), mesh=ctx.mesh)
         template = ctx.config.model.template
         encoded = encode_prompts(

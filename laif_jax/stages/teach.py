@@ -9,6 +9,9 @@ from etils import epath
 from laif_jax.config import TeacherSpec
 from laif_jax.data.sources import SourceRow
 from laif_jax.labeling.complete import Failure
+from laif_jax.labeling.local_servers import weights_id
+from laif_jax.models import fetch
+from laif_jax.parallel import distributed
 from laif_jax.records import Completion, DataError, read_jsonl, write_jsonl
 from laif_jax.stages import prompts as prompts_stage
 from laif_jax.stages.artifact import Artifact, StageError, run_stage
@@ -48,7 +51,7 @@ def run(
                 "rest only."
             )
         write_jsonl(folder / FILE, completions)
-        usage = usage_of(completions)
+        usage = usage_of(completions, ctx.config.endpoints[spec.endpoint] if spec.endpoint else None)
         return {"completions": len(completions), "asked": len(rows), "usage": usage, **counts}
 
     return run_stage("teach", settings, {"prompts": prompts}, ctx.root, work, main_only=True)
@@ -68,10 +71,17 @@ def teacher_settings(ctx: Context, spec: TeacherSpec) -> dict[str, Any]:
 
 
 def endpoint_settings(ctx: Context, name: str) -> dict[str, Any]:
-    """The settings of an endpoint that its answers depend on."""
-    operational = {"concurrency", "timeout", "max_attempts", "api_key_env"}
-    resolved = ctx.config.endpoints[name].resolved()
-    return {key: value for key, value in resolved.items() if key not in operational}
+    """The settings of an endpoint that its answers depend on. A local model counts by its weights, not by its path."""
+    operational = {
+        *("concurrency", "timeout", "max_attempts", "api_key_env"),
+        *("prompt_price", "completion_price"),
+    }
+    spec = ctx.config.endpoints[name]
+    settings = {key: value for key, value in spec.resolved().items() if key not in operational}
+    if spec.gguf in fetch.KNOWN:  # its weights are known by its name
+        return settings
+    local = [key for key in ("gguf", "checkpoint") if key in settings]
+    return settings | {key: distributed.from_main(lambda: weights_id(spec)) for key in local}
 
 
 def _from_data(rows: Sequence[SourceRow], spec: TeacherSpec) -> tuple[list[Completion], dict[str, int], str]:

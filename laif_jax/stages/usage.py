@@ -2,15 +2,24 @@
 
 from collections.abc import Iterable
 
+from laif_jax.config import EndpointSpec
 from laif_jax.records import Completion, Judgement
 
 
-def usage_of(records: Iterable[Completion | Judgement]) -> dict[str, float]:
-    """Tokens that the records used, and dollars where a price was known."""
-    total = {"prompt_tokens": 0, "completion_tokens": 0, "cost": 0.0}
-    for record in records:
-        if record.usage:
-            total["prompt_tokens"] += record.usage.prompt_tokens
-            total["completion_tokens"] += record.usage.completion_tokens
-        total["cost"] += getattr(record, "cost", None) or 0.0
-    return total
+def usage_of(
+    records: Iterable[Completion | Judgement], endpoint: EndpointSpec | None
+) -> dict[str, float | None]:
+    """Tokens that the records used, and `cost`, US dollars by the endpoint's prices (None where it has none).
+
+    Args:
+      endpoint: who was asked; None: nobody, the records come from the data.
+    """
+    used = [record.usage for record in records if record.usage]
+    prompt, completion = (
+        sum(usage.prompt_tokens for usage in used),
+        sum(usage.completion_tokens for usage in used),
+    )
+    cost = None
+    if endpoint and endpoint.prompt_price is not None and endpoint.completion_price is not None:
+        cost = (prompt * endpoint.prompt_price + completion * endpoint.completion_price) / 1e6
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "cost": cost}

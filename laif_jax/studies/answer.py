@@ -80,15 +80,23 @@ def verdict(results: Mapping[str, Any], question: QuestionSpec) -> str:
 
 
 def caveats(results: Mapping[str, Any], question: QuestionSpec) -> list[str]:
-    """What weakens the answer, one sentence each: seeds, judge, length, missing verdicts, true quality."""
+    """What weakens the answer, one sentence each: seeds, judge (also as the critic), length, missing verdicts, true
+    quality."""
     arms = [results["arms"].get(name, {}) for name in (question.laif, question.sft)]
     if any(arm.get("win_rate") is None for arm in arms):
         return []
     laif, sft = arms
     said = []
-    if len(results.get("seeds") or [0]) == 1:
+    row = _comparison(results, question.laif, question.sft)
+    if _seeds(results, row or {}) == 1:
         said.append("One training seed: the interval is about these two models, not about the recipes.")
     said += _judge_caveat(results.get("judge") or {})
+    critic = laif.get("critic_endpoint")
+    if critic and critic == (results.get("judge") or {}).get("endpoint"):
+        said.append(
+            f"Critic and judge are one model ({critic}): {question.laif} was trained towards what this judge likes, "
+            "which favours it here."
+        )
     if laif.get("mean_length") and sft.get("mean_length"):
         ratio = laif["mean_length"] / sft["mean_length"]
         if abs(ratio - 1) > 0.1:
@@ -144,9 +152,14 @@ def _comparison(results: Mapping[str, Any], laif: str, sft: str) -> dict[str, An
 
 
 def _where(results: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    seeds = len(results.get("seeds") or [0])
+    seeds = _seeds(results, row)
     judge = judge_name(results.get("judge") or {})
     return f"{row['n']} prompts, {seeds} seed{'s' if seeds > 1 else ''}, judge: {judge}"
+
+
+def _seeds(results: Mapping[str, Any], row: Mapping[str, Any]) -> int:
+    """Seeds behind a comparison: fewer than the study's where a replicate of an arm failed."""
+    return row.get("seeds") or len(results.get("seeds") or [0])
 
 
 def judge_name(judge: Mapping[str, Any]) -> str:

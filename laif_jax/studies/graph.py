@@ -5,6 +5,8 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from laif_jax.labeling.errors import LabelError
+from laif_jax.parallel.distributed import DistributedError
 from laif_jax.stages.artifact import Artifact, StageError
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,7 @@ def _run(node: Node, outcomes: Mapping[Node, Outcome]) -> Outcome:
         return Outcome(
             node.run({name: artifact for name, artifact in inputs.items() if artifact is not None})
         )
-    except StageError as error:
+    # A critic or a model that is not there is a LabelError, and a DistributedError in the processes other than 0.
+    except (StageError, LabelError, DistributedError) as error:
         logger.error("%s failed: %s", node.name, error)
         return Outcome(None, str(error))

@@ -41,12 +41,12 @@ def write_report(
     return path
 
 
-def print_results(results: Mapping[str, Any]) -> None:
-    """Prints arms, comparisons and the answer to the terminal."""
+def print_results(results: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+    """Prints arms, comparisons, the answer, and where its files are (name -> path), to standard output."""
     console = Console(highlight=False)
     width = max(80, console.width) if console.is_terminal else 110
     text = results_table(results, width=width, color=console.is_terminal)
-    console.file.write(text)
+    console.file.write(text + "".join(f"{name}: {path}\n" for name, path in files.items()))
 
 
 def render(

@@ -119,7 +119,14 @@ def _arm(
         for replicate, a in zip(replicates, found)
         if a
     ]
-    return {**summary, **average, "per_seed": per_seed, "description": describe(arm), "method": arm.optimize}
+    return {
+        **summary,
+        **average,
+        "per_seed": per_seed,
+        "description": describe(arm),
+        "method": arm.optimize,
+        "critic_endpoint": config.critics[arm.critic].endpoint if arm.critic else None,
+    }
 
 
 def describe(arm: ArmSpec) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from laif_jax.config import StudyConfig, dump_config, load_config
+from laif_jax.labeling.critic import load_critic
 from laif_jax.parallel import distributed
 from laif_jax.parallel.mesh import make_mesh
 from laif_jax.records import write_json
@@ -31,11 +32,14 @@ def run_study(config_path: str, overrides: Sequence[str] = ()) -> int:
       0, or 1 if a stage failed (the report then shows what finished, and why the rest did not).
 
     Raises:
-      ConfigError, MeshError: a mistake that is found before any stage runs.
+      ConfigError, CriticError, MeshError: a mistake that is found before any stage runs.
     """
     config = load_config(config_path, overrides)
     distributed.initialize()
     make_mesh(config.mesh)  # a mesh that does not fit these devices would fail every stage that computes
+    named = {spec.critic for spec in (*config.critics.values(), config.evaluation.judge)}
+    # Critics are first used after training, and what is wrong with one should be known before.
+    distributed.from_main(lambda: [load_critic(name).name for name in sorted(named)])
     enable_compilation_cache()
     root = study_folder(config)
     if distributed.is_main():
@@ -54,9 +58,7 @@ def run_study(config_path: str, overrides: Sequence[str] = ()) -> int:
         write_json(root / "report" / "data.json", {"curves": collected.curves, "samples": collected.samples})
         write_json(root / "results.json", collected.results)
         page = _write_page(root, collected)
-        print_results(collected.results)
-        logger.info("results: %s", root / "results.json")
-        logger.info("report:  %s", page)
+        print_results(collected.results, {"results": root / "results.json", "report": page})
     return 1 if failed else 0
 
 

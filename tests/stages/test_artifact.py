@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from laif_jax.records import write_jsonl
 from laif_jax.stages import artifact as artifacts
 from laif_jax.stages.artifact import Artifact, StageError, run_stage, stage_key
+from laif_jax.stages.context import Services
+from tests.studies import tiny
 
 SETTINGS = st.dictionaries(
     st.text(min_size=1, max_size=5),
@@ -161,3 +163,13 @@ def test_the_reason_of_a_failure_survives_a_disk_that_has_no_room_for_it(tmp_pat
         run(tmp_path, work)
     assert "No space left on device" in caplog.text
     assert run(tmp_path, Work()).metrics == {"calls": 1}
+
+
+def test_a_labelling_store_in_a_bucket_is_refused(tmp_path):
+    config = tiny.config(tmp_path)
+    with (
+        Services(config, epath.Path("gs://bucket/runs/tiny")) as services,
+        pytest.raises(StageError, match=r"gs://bucket/runs/tiny/labels.*labeling\.store"),
+    ):
+        services.client  # noqa: B018 - starts the service
+    assert not (tmp_path / "gs:").exists()

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 from etils import epath
 
-from laif_jax.config import MeshSpec
+from laif_jax.config import EndpointSpec, MeshSpec, SimulatedSpec
 from laif_jax.labeling.client import LabelClient
+from laif_jax.labeling.critic import CRITICS
 from laif_jax.models.model import load_model
 from laif_jax.models.weights import WeightsError
 from laif_jax.parallel.mesh import make_mesh
-from laif_jax.records import Completion, write_jsonl
+from laif_jax.records import Completion, Usage, write_jsonl
 from laif_jax.stages import agreement, base, evaluate, label, prompts, sample, sft, teach
 from laif_jax.stages.artifact import Artifact, StageError
 from laif_jax.stages.split import sft_count, split
+from laif_jax.stages.usage import usage_of
 from laif_jax.worlds import symbols
 from tests.studies import tiny
 
@@ -82,6 +84,24 @@ def test_what_is_evaluated_is_not_trained_on_and_every_seed_is_evaluated_on_the_
     assert prompts.run(make(tmp_path, **changes)).key != first.key
 
 
+def test_data_in_several_files_is_known_by_its_content(make, tmp_path, monkeypatch):
+    def key(root, path: str) -> str:
+        source = {"kind": "jsonl", "path": path}
+        data = {"data__root": str(root), "data__train": source, "data__eval": {**source, "path": "e.jsonl"}}
+        return prompts.run(make(tmp_path, **data, **outside(tmp_path))).key
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for root, last in (("one", 3), ("two", 3), ("three", 4)):
+        write_jsonl(tmp_path / root / "e.jsonl", [{"prompt": "evaluated"}])
+        for part in (1, 2):
+            rows = [{"prompt": f"question {part} {i}"} for i in range(last if part == 2 else 3)]
+            write_jsonl(tmp_path / root / "parts" / f"part-{part}.jsonl", rows)
+    for path in ("parts", "parts/part-*.jsonl"):
+        first = key(tmp_path / "one", path)
+        assert key(tmp_path / "two", path) == key("~/two", path) == first
+        assert key(tmp_path / "three", path) != first
+
+
 def test_nothing_to_train_on_is_an_error(make, tmp_path):
     write_jsonl(tmp_path / "p.jsonl", [{"prompt": "the same"}])
     source = {"kind": "jsonl", "path": str(tmp_path / "p.jsonl")}
@@ -118,9 +138,24 @@ def test_a_teachers_key_holds_what_its_answers_depend_on(make, tmp_path):
         )
         == plain
     )
+    priced = settings(endpoints__weak__prompt_price=1.0, endpoints__weak__completion_price=2.0)
+    assert priced == plain
     assert settings(endpoints__weak__simulated__skill=0.6) != plain
     assert settings(endpoints__weak__model="other") != plain
     assert settings(teachers__weak__temperature=0.5) != plain
+
+
+def test_a_local_model_is_known_by_its_weights(make, tmp_path):
+    def settings(path):
+        endpoints = {**tiny.TREE["endpoints"], "weak": {"provider": "llama_cpp", "gguf": str(path)}}
+        return teach.endpoint_settings(make(tmp_path, endpoints=endpoints), "weak")
+
+    file = tmp_path / "a.gguf"
+    file.write_bytes(b"weights")
+    first = settings(file)
+    assert settings(file.rename(tmp_path / "b.gguf")) == first
+    (tmp_path / "b.gguf").write_bytes(b"other weights")
+    assert settings(tmp_path / "b.gguf") != first
 
 
 def test_completions_of_the_data(make, tmp_path):
@@ -146,6 +181,16 @@ def test_completions_of_the_data(make, tmp_path):
         run("gpt4")
     with pytest.raises(StageError, match=r"9 of 10 prompts \(90.0%\).*no text in column `gpt`"):
         run("gpt", folder=tmp_path / "strict", labeling__min_coverage=0.95)
+
+
+def test_costs_are_by_the_endpoints_prices():
+    used = Usage(prompt_tokens=3_000_000, completion_tokens=500_000)
+    rows = [Completion(prompt_id="p", generator="g", text=text, usage=used) for text in "ab"]
+    plain = EndpointSpec(provider="simulated", simulated=SimulatedSpec())
+    priced = plain.model_copy(update={"prompt_price": 0.5, "completion_price": 2.0})
+    tokens = {"prompt_tokens": 6_000_000, "completion_tokens": 1_000_000}
+    assert usage_of(rows, priced) == {**tokens, "cost": pytest.approx(6 * 0.5 + 1 * 2.0)}
+    assert usage_of(rows, plain) == usage_of(rows, None) == {**tokens, "cost": None}
 
 
 # ---- critics and judges ----------------------------------------------------------------------------------------
@@ -238,6 +283,39 @@ def test_a_judge_is_compared_with_humans(make, tmp_path):
         agreement.run(missing)
 
 
+def test_a_judge_that_cannot_be_reached_is_a_failure_that_can_be_mended(make, tmp_path):
+    row = {"source": "made", "prompt": "rev:abc", "a": "cba", "b": "abc", "human": [1]}
+    write_jsonl(tmp_path / "human.jsonl", [row])
+    dead = {"provider": "simulated", "max_attempts": 1, "simulated": {"failure_rate": 1.0}}
+    ctx = make(
+        tmp_path,
+        endpoints={**ORACLE, "strong": dead},
+        evaluation__agreement="human.jsonl",
+        data__root=str(tmp_path),
+    )
+    with pytest.raises(StageError, match=r"0 of 1 comparisons.*'failed': 1"):
+        agreement.run(ctx)
+    (manifest,) = tmp_path.glob("agreement-*/manifest.json")
+    assert json.loads(manifest.read_text())["status"] == "failed"  # so it is asked again by the next run
+
+
+def test_a_critic_of_ones_own_is_known_by_its_content(make, tmp_path):
+    folder = tmp_path / "mine"
+    shutil.copytree(CRITICS / "ab_logprob", folder)
+
+    def settings(path):
+        critic = {"endpoint": "strong", "critic": str(path)}
+        ctx = make(tmp_path, critics={"strong": critic})
+        return label.critic_settings(ctx, ctx.config.critics["strong"])
+
+    first = settings(folder)
+    moved = folder.rename(tmp_path / "moved")
+    assert settings(moved) == first
+    prompt = moved / "prompt.txt"
+    prompt.write_text(prompt.read_text() + "\nBe strict.\n")
+    assert settings(moved) != first
+
+
 def test_a_service_that_is_not_there_is_a_stages_failure(make, tmp_path):
     ctx = make(tmp_path)
     ctx.services.__dict__["client"] = LabelClient("http://127.0.0.1:9", patience=0.1)
@@ -295,6 +373,23 @@ def test_no_sample_is_dropped_and_the_batch_size_changes_nothing(make, tmp_path)
     assert made.metrics["response_length/clip_ratio"] == np.mean(
         [row.finish_reason == "length" for row in rows]
     )
+
+
+def test_a_share_that_leaves_no_prompts_to_sample_for_is_named(make, tmp_path):
+    ctx = make(tmp_path)
+    model = completions(tmp_path, [], "model")
+    with pytest.raises(StageError, match="takes all 40 of them"):
+        sample.run(
+            ctx, prompts.run(ctx), model, generator="policy", split="train", spec=ctx.config.sampling,
+            max_prompt_length=24, start=40,
+        )  # fmt: skip
+
+
+def test_pretraining_shows_samples_too(make, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(base.fit, "fit", lambda *_, **options: seen.update(options) or {})
+    base.run(make(tmp_path, pretrain__sample_every=2))
+    assert len(seen["shown"]) == base.fit.SHOWN
 
 
 def test_an_unknown_model_is_named(make, tmp_path):

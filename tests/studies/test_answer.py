@@ -34,6 +34,24 @@ def test_the_interval_decides(numbers, start):
         assert words in text
 
 
+def test_a_judge_that_was_the_critic_is_named():
+    results = _results(judge={"endpoint": "strong"})
+    assert not any("one model" in text for text in caveats(results, QUESTION))
+    results["arms"]["laif"]["critic_endpoint"] = "strong"
+    assert any("Critic and judge are one model (strong)" in text for text in caveats(results, QUESTION))
+    results["judge"]["endpoint"] = "another"
+    assert not any("one model" in text for text in caveats(results, QUESTION))
+
+
+def test_seeds_are_those_of_the_comparison_where_a_replicate_failed():
+    results = _results()
+    results["comparisons"][0]["seeds"] = 1
+    assert ", 1 seed, judge" in verdict(results, QUESTION)
+    assert any(text.startswith("One training seed") for text in caveats(results, QUESTION))
+    results["comparisons"][0]["seeds"] = 2
+    assert ", 2 seeds, judge" in verdict(results, QUESTION)
+
+
 def test_a_comparison_stored_the_other_way_round_is_turned():
     results = _results(-3.0, -5.5, -0.5)
     row = results["comparisons"][0]

@@ -210,6 +210,16 @@ def test_a_disk_without_room_for_the_results_is_one_message(tmp_path, capsys, nu
     assert tiny.numbers(tiny.results(tmp_path)) == numbers
 
 
+# ---- critics ---------------------------------------------------------------------------------------------------
+
+
+def test_a_critic_that_does_not_exist_is_named_before_anything_is_trained(tmp_path, capsys):
+    critics = {"strong": {"endpoint": "strong", "critic": "ab_logprop"}}
+    assert tiny.run(tmp_path, critics=critics) == 2
+    assert "ab_logprop" in capsys.readouterr().err
+    assert tiny.manifests(tmp_path) == {}
+
+
 # ---- data and models -------------------------------------------------------------------------------------------
 
 

@@ -115,6 +115,12 @@ def test_numbers_by_hand(study):
     assert 0 < row["p_value"] <= 1
 
     assert results["seeds"] == [0, 1]
+    assert {name: arm["critic_endpoint"] for name, arm in results["arms"].items()} == {
+        "SFT weak": None,
+        "SFT strong": None,
+        "LAIF weak": "strong",
+    }
+    assert "Critic and judge are one model" in results["answer"]
     assert "LAIF weak" in results["answer"]
     assert "SFT strong" in results["answer"]
     assert results["labels"]["LAIF weak"] == {"seed": 0, "ok": 3, "n": 4}

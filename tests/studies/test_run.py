@@ -218,6 +218,15 @@ def test_killed_many_times_gives_the_same_numbers(tmp_path, results):
     _killed_and_run_again(tmp_path, results, 8)
 
 
+def test_the_table_and_the_reports_path_go_to_standard_output(tmp_path, capsys):
+    folder = tiny.copy_of_finished(tmp_path)
+    capsys.readouterr()
+    assert tiny.run(tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "LAIF weak" in out
+    assert out.splitlines()[-1] == f"report: {folder / 'report' / 'index.html'}"
+
+
 def test_the_report_is_made_again_from_what_is_there(tmp_path, study, capsys):
     folder = tiny.copy_of_finished(tmp_path)
     (folder / "report" / "index.html").unlink()
