@@ -227,8 +227,9 @@ def preference_batches(
     process_count: int = 1,
 ) -> Batches:
     """Batches of preference pairs: the arrays [A, R, T] of `sft_batches`, and pair tables [A, N]: `chosen`, `rejected`
-    int32 (flat index row x S + segment - 1 into the [R, S] segments of this host's own rows), `p_chosen`, `weight` (0:
-    padding), `ref_chosen`, `ref_rejected` float32, `pair_index` int32 (which of `pairs`; -1: padding).
+    int32 (flat index row x S + segment - 1 into the [R, S] segments of the micro-batch over all hosts, as the step sees
+    it), `p_chosen`, `weight` (0: padding), `ref_chosen`, `ref_rejected` float32, `pair_index` int32 (which of `pairs`;
+    -1: padding).
 
     Both sides of a pair lie in the same two rows, so in one micro-batch and on one host. Without packing, a micro-batch
     has `micro_batch` pairs in twice as many rows (S = 1, N = `micro_batch`). With packing, `batch_size` and
@@ -333,9 +334,8 @@ class _PairSteps:
         micro, group = np.divmod(placed.group[start:stop] - first, per_micro)
         slot = group * layout.max_segments + placed.slot[start:stop]
         columns = {name: values[pair] for name, values in self.columns.items()}
-        own = self.host.slice(layout.rows).start * layout.max_segments  # where this host's segments begin
-        columns["chosen"] = (plan.flat[2 * pair] - own).astype(np.int32)
-        columns["rejected"] = (plan.flat[2 * pair + 1] - own).astype(np.int32)
+        columns["chosen"] = plan.flat[2 * pair].astype(np.int32)
+        columns["rejected"] = plan.flat[2 * pair + 1].astype(np.int32)
         for name, values in columns.items():
             padding = -1 if name == "pair_index" else 0
             whole = np.full((layout.micro_batches, layout.pairs), padding, values.dtype)

@@ -254,7 +254,8 @@ def test_every_usable_pair_once_with_its_values_on_one_host(examples, shape, pac
     ]
     seen = []
     per_row = made[0].layout.max_segments
-    for batches in made:
+    for host, batches in enumerate(made):
+        first_row = host * batches.layout.rows // hosts
         for batch in take(batches):
             found = {(a, r, s): (tokens, mask) for a, r, s, tokens, mask in segments(batch)}
             real = batch["pair_index"] >= 0
@@ -272,7 +273,7 @@ def test_every_usable_pair_once_with_its_values_on_one_host(examples, shape, pac
                 for side in ("chosen", "rejected"):
                     row, segment = divmod(int(batch[side][a, slot]), per_row)
                     one = getattr(examples[i], side)
-                    assert found[a, row, segment + 1] == (one.tokens, one.loss_mask)
+                    assert found[a, row - first_row, segment + 1] == (one.tokens, one.loss_mask)
                     assert batch[f"ref_{side}"][a, slot] == reference[f"ref_{side}"][i]
                 assert batch["p_chosen"][a, slot] == np.float32(examples[i].p_chosen)
                 assert batch["weight"][a, slot] == examples[i].weight
@@ -291,7 +292,9 @@ def test_hosts_side_by_side_hold_the_one_host_pairs(examples, shape, packing, ho
         for i in range(hosts)
     ]
     for step, batch in enumerate(alone):
-        for name in ("tokens", "segment_ids", "loss_mask", "pair_index", "p_chosen", "weight"):
+        # The step joins the hosts' rows before it looks a pair up, so `chosen` and `rejected` count the rows of all.
+        columns = ("pair_index", "chosen", "rejected", "p_chosen", "weight")
+        for name in ("tokens", "segment_ids", "loss_mask", *columns):
             joined = np.concatenate([part[step][name] for part in parts], axis=1)
             np.testing.assert_array_equal(joined[:, : batch[name].shape[1]], batch[name])
     assert {len(part) for part in parts} == {len(alone)}
