@@ -26,7 +26,7 @@ from laif_jax.models.config import ModelConfig
 from laif_jax.models.decoder import decode_step, init_cache, logits, unstack_layers
 from laif_jax.models.decoder import prefill as prefill_model
 from laif_jax.rollout.buckets import length_bucket
-from laif_jax.rollout.placement import place, row_sharding, row_shards, to_host, using
+from laif_jax.rollout.placement import place, row_sharding, row_shards, spread, to_host, using
 from laif_jax.rollout.sampling import SamplingParams, sample, token_logps, top_logps
 
 TRACES: Counter[str] = Counter()  # how often each function was traced; tests hold compilation down with it
@@ -284,7 +284,7 @@ class Engine:
         self._check(rows, capacity, batch_size)
         size = -(-batch_size // self.row_multiple) * self.row_multiple
         width = length_bucket(max(len(row.tokens) for row in rows), self.max_length)
-        tokens, lengths, settings = self._arrays(rows, size, width)
+        tokens, lengths, settings = spread(self._arrays(rows, size, width), self.mesh)
         run = compiled(self.cfg, self.dtype, capacity, top, self.mesh)
         cache_length = min(width + capacity, self.max_length)
         keep = np.ones((size,), bool)
@@ -292,7 +292,7 @@ class Engine:
         with using(self.mesh):
             state = run.prefill(self.params, tokens, lengths, settings, self.eos_ids, cache_length)
             while to_host(state.alive).any():
-                state = run.decode(self.params, state, settings, self.eos_ids, keep, step)
+                state = run.decode(self.params, state, settings, self.eos_ids, spread(keep, self.mesh), step)
                 if halt is not None:
                     keep[: len(rows)] &= ~np.asarray(halt(_outputs(state, len(rows))), bool)
         return _outputs(state, len(rows))

@@ -60,6 +60,15 @@ def row_shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in ROW_AXES]))
 
 
+def spread(tree: Any, mesh: Mesh | None) -> Any:
+    """NumPy arrays [rows, ...], the same on every host, as a function jitted with `row_sharding` takes them: as they
+    are in one process; as global arrays in several, where `jax.jit` refuses NumPy."""
+    if mesh is None or jax.process_count() == 1:
+        return tree
+    sharding = row_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i]), tree)
+
+
 def to_host(x: jax.Array) -> np.ndarray:
     """The whole array as NumPy, on every host."""
     if x.is_fully_addressable:

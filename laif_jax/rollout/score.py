@@ -16,7 +16,7 @@ from laif_jax.models.heads import token_logps
 from laif_jax.rollout.buckets import batch_bucket, length_bucket, plan
 from laif_jax.rollout.engine import TRACES
 from laif_jax.rollout.generate import Sample
-from laif_jax.rollout.placement import place, row_sharding, row_shards, to_host, using
+from laif_jax.rollout.placement import place, row_sharding, row_shards, spread, to_host, using
 from laif_jax.rollout.sampling import token_logps as gather_logps
 
 
@@ -58,7 +58,7 @@ def score(
         for slot, i in enumerate(batch):
             tokens[slot, : len(rows[i])], lengths[slot] = rows[i], len(rows[i])
         with using(mesh):
-            logps = to_host(run(params, tokens, lengths, np.float32(temperature)))
+            logps = to_host(run(params, *spread((tokens, lengths), mesh), np.float32(temperature)))
         for slot, i in enumerate(batch):
             scored[i] = logps[slot, len(prompts[i]) : len(rows[i])]
     return scored

@@ -11,6 +11,7 @@ import pytest
 
 from laif_jax import parallel
 from laif_jax.parallel.distributed import _explicit_settings, _in_cluster
+from tests.parallel.worker import completions, preference_metrics
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,6 +71,24 @@ def test_a_sharded_array_is_made_from_both_processes_parts(seen, axis_type):
         assert here["row_shard"] == [index, 2]
         assert here["sum"] == 2 * (2 * part + 1000 * 24)
         assert here["rows"] == first_column + [1000 + x for x in first_column]
+
+
+def test_pairs_of_all_processes_are_looked_up_in_their_own_rows(seen):
+    """The same preference update as in one process: an index into the rows means the same on every host."""
+    alone = preference_metrics(0, 1)
+    assert alone["weight"] == 12
+    for result in seen:
+        assert result["preference"] == pytest.approx(alone, rel=1e-5, abs=1e-5)
+
+
+def test_samples_are_the_same_as_in_one_process(seen):
+    alone = completions(1)
+    assert len(alone) == 4
+    for result in seen:
+        for here, there in zip(result["completions"], alone, strict=True):
+            assert here[0] == there[0]
+            for logps, expected in zip(here[1:], there[1:], strict=True):
+                assert logps == pytest.approx(expected, abs=1e-5)
 
 
 def test_json_goes_from_process_0_to_all(seen):

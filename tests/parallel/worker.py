@@ -12,7 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from laif_jax import parallel
-from laif_jax.config.schema import MeshSpec
+from laif_jax.config.schema import MeshSpec, SamplingSpec
+from laif_jax.data.chat import Encoded, EncodedPair
+from laif_jax.data.pipeline import preference_batches
+from laif_jax.models.decoder import init_params
+from laif_jax.models.specs import param_specs
+from laif_jax.rollout.generate import generate
+from laif_jax.rollout.score import score
+from laif_jax.training.tasks import preference_task
+from tests.training import small
 
 ROWS, WIDTH = 4, 3  # of this process, per micro-batch
 
@@ -36,6 +44,46 @@ def sums(axis_type: str) -> dict[str, Any]:
     return {"row_shard": [index, count], "sum": value, "rows": whole[0, :, 0].tolist(), "said": said}
 
 
+def mesh_of(count: int) -> jax.sharding.Mesh:
+    """All devices of several processes; one device of one, which compiles faster."""
+    return small.mesh(data=2, fsdp=2, tensor=2) if count > 1 else small.mesh()
+
+
+def preference_metrics(index: int, count: int) -> dict[str, float]:
+    """Of one DPO update over packed pairs, of whose rows this process makes part `index` of `count`."""
+
+    def encoded(document: small.Document) -> Encoded:
+        tokens, prompt = document.tokens.tolist(), document.prompt
+        return Encoded(tokens, [0] * prompt + [1] * (len(tokens) - prompt), prompt)
+
+    documents = [encoded(document) for document in small.documents(24)]
+    batches = preference_batches(
+        [EncodedPair(*sides) for sides in zip(documents[::2], documents[1::2])],
+        batch_size=16,
+        micro_batch=8,
+        max_length=32,
+        pad_id=0,
+        packing=True,
+        steps=1,
+        row_multiple=4,
+        process_index=index,
+        process_count=count,
+    )
+    task = preference_task(small.config(), small.DPO, **small.F32, max_segments=batches.layout.max_segments)
+    _, metrics = small.update(task, next(batches), mesh_of(count))
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def completions(count: int) -> list[Any]:
+    """Samples of `count` processes, as [tokens, log-probs of the sampler, of a full forward pass] each."""
+    mesh, cfg = mesh_of(count), small.config()
+    params = init_params(cfg, jax.random.key(0), shardings=parallel.param_shardings(param_specs(cfg), mesh))
+    prompts, spec = [[3, 4, 5], [6, 7], [8], [9, 10, 11]], SamplingSpec(max_new_tokens=5, batch_size=3)
+    samples = generate(params, cfg, prompts, spec, jax.random.key(1), mesh=mesh)
+    scores = score(params, cfg, prompts, [sample.tokens for sample in samples], mesh=mesh)
+    return [[s.tokens, s.logps, scored.tolist()] for s, scored in zip(samples, scores)]
+
+
 def raised(call: Any) -> str:
     try:
         call()
@@ -57,6 +105,8 @@ def main() -> None:
         "devices": [jax.local_device_count(), jax.device_count()],
         "auto": sums("auto"),
         "explicit": sums("explicit"),
+        "preference": preference_metrics(parallel.process_index(), parallel.process_count()),
+        "completions": completions(parallel.process_count()),
         "long": len(parallel.broadcast_json("x" * 100_000)),
         "failed": raised(lambda: parallel.from_main(disk_full)),
         "not_json": raised(lambda: parallel.broadcast_json({1, 2})),
