@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
@@ -13,7 +14,12 @@ from laif_jax.models.weights import MAX_SHARD_BYTES, write_folder
 
 
 def convert(
-    source: str, dest: epath.PathLike, dtype: Any = np.float32, *, max_shard_bytes: int = MAX_SHARD_BYTES
+    source: str,
+    dest: epath.PathLike,
+    dtype: Any = np.float32,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    everywhere: bool = False,
 ) -> epath.Path:
     """Converts a model (folder, `.gguf`, known name, Hub id) into `dest`. Returns it.
 
@@ -21,6 +27,7 @@ def convert(
 
     Args:
       dtype: of the files: float32, float16 or bfloat16.
+      everywhere: of several processes each converts a GGUF file, to a `dest` of its own; else process 0 alone writes.
 
     Raises:
       WeightsError, UnsupportedModelError, TokenizerError, FetchError, OSError: say what, where and what to do.
@@ -28,21 +35,30 @@ def convert(
     path = resolve(source)
     dest = epath.Path(dest)
     if path.endswith(".gguf"):
-        _convert_gguf(GGUFFile(path), dest, np.dtype(dtype), max_shard_bytes)
+        _convert_gguf(GGUFFile(path), dest, np.dtype(dtype), max_shard_bytes, everywhere)
     else:
         save_model(dest, load_model(path, dtype=dtype), max_shard_bytes=max_shard_bytes)
     return dest
 
 
-def _convert_gguf(file: GGUFFile, dest: epath.Path, dtype: np.dtype, max_shard_bytes: int) -> None:
+def _convert_gguf(
+    file: GGUFFile, dest: epath.Path, dtype: np.dtype, max_shard_bytes: int, everywhere: bool
+) -> None:
     from laif_jax.models.config import to_hf
 
     cfg = file.config()
     shapes = file.shapes()
     names.check(cfg, shapes, str(file.path))
+    if jax.process_index() != 0 and not everywhere:
+        return
     save_tokenizer(dest, file.tokenizer())
     described = {name: (shapes[name], dtype) for name in sorted(shapes)}
     config = {**to_hf(cfg), "dtype": str(dtype)}
     write_folder(
-        dest, config, described, lambda name: file.tensor(name).astype(dtype), max_shard_bytes=max_shard_bytes
+        dest,
+        config,
+        described,
+        lambda name: file.tensor(name).astype(dtype),
+        max_shard_bytes=max_shard_bytes,
+        everywhere=everywhere,
     )

@@ -287,5 +287,5 @@ def _build(name: str, source: Source, place: Path) -> list[str]:
         raise FetchError("; ".join([*lines, str(error)])) from error
     from laif_jax.models.convert import convert
 
-    convert(str(file.path), place)
+    convert(str(file.path), place, everywhere=True)  # on every host of a run, into its own cache
     return [*lines, *file.lines, f"converted {file.path.name} (dequantised to float32)"]
