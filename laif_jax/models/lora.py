@@ -64,8 +64,11 @@ def _adapters(tree: Mapping[str, Any]) -> dict[str, Any]:
     return part
 
 
-def merge_lora(params: Params, cfg: ModelConfig) -> dict[str, Any]:
-    """Folds the adapters into the kernels, in float32: parameters of the same model without adapters."""
+def merge_lora(params: Params, cfg: ModelConfig, *, dtype: Any = None) -> dict[str, Any]:
+    """Folds the adapters into the kernels, in float32: parameters of the same model without adapters.
+
+    `dtype`: of the merged kernels; None: that of the kernels, which may be too coarse for small updates.
+    """
 
     def change(linear: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
         if "lora_a" not in linear:
@@ -82,7 +85,7 @@ def merge_lora(params: Params, cfg: ModelConfig) -> dict[str, Any]:
         )
         kernel = linear["kernel"]
         update = (cfg.lora.alpha / cfg.lora.rank) * product.reshape(kernel.shape)
-        linear["kernel"] = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
+        linear["kernel"] = (kernel.astype(jnp.float32) + update).astype(dtype or kernel.dtype)
         return linear
 
     return _map_linears(params, change)

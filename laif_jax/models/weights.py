@@ -200,11 +200,12 @@ def write_folder(
     value: Callable[[str], np.ndarray],
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    everywhere: bool = False,
 ) -> None:
     """Writes config.json and the tensors of a model, in order, each made by `value(name)` when its turn comes.
 
     Files are written under temporary names and renamed when all are complete. On several hosts every process calls
-    `value` for every tensor (it may be a collective); process 0 writes.
+    `value` for every tensor (it may be a collective); process 0 writes, or with `everywhere` each, a folder of its own.
     """
     folder = epath.Path(directory)
     unknown = {str(dtype) for _, dtype in shapes.values()} - {str(dtype) for dtype in DTYPES.values()}
@@ -212,7 +213,7 @@ def write_folder(
         raise WeightsError(
             f"{folder}: weights of type {', '.join(unknown)} cannot be written; choose float32, float16 or bfloat16"
         )
-    if jax.process_index() != 0:
+    if jax.process_index() != 0 and not everywhere:
         for name in shapes:
             value(name)
         return
@@ -266,12 +267,12 @@ def save_params(
     """
     from laif_jax.models.config import to_hf
 
+    want = None if dtype is None else np.dtype(dtype)
     if cfg.lora is not None:
         from laif_jax.models.lora import merge_lora
 
-        params = merge_lora(params, cfg)
+        params = merge_lora(params, cfg, dtype=want)
     flat = names.flatten(params)
-    want = None if dtype is None else np.dtype(dtype)
 
     def dtype_of(parts: list[tuple[LeafPlan, int]]) -> np.dtype:
         return want or np.dtype(flat[parts[0][0].path].dtype)

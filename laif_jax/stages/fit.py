@@ -29,10 +29,12 @@ SHOWN = 4  # prompts in a table of samples
 
 
 def load(ctx: Context, folder: epath.Path) -> Model:
-    """The model that training starts from: float32 weights on the study's mesh, with fresh adapters if asked for."""
+    """The model that training starts from, on the study's mesh: float32 weights; or fresh adapters over weights in the
+    compute dtype, in which they stay frozen (in float32 they would lie beside that copy until the stage ends)."""
     spec = ctx.config.model
     tokenizer = spec.tokenizer if spec.source != "scratch" else None
-    model = load_model(str(folder), dtype=jnp.float32, mesh=ctx.mesh, tokenizer=tokenizer)
+    dtype = jnp.dtype(spec.dtype) if spec.lora else jnp.float32
+    model = load_model(str(folder), dtype=dtype, mesh=ctx.mesh, tokenizer=tokenizer)
     if spec.lora is None:
         return model
     cfg = dataclasses.replace(model.cfg, lora=spec.lora)

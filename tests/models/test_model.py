@@ -85,6 +85,24 @@ def test_adapters_are_merged_on_export(tmp_path):
     assert changed == {"q", "down"}
 
 
+def test_adapters_on_coarse_weights_are_merged_in_the_type_of_the_export(tmp_path):
+    """An update below the resolution of frozen bfloat16 weights is not lost in a float32 export."""
+    base = tiny_model()
+    cfg = from_hf(
+        states.hf_config("llama", vocab_size=base.cfg.vocab_size), lora=LoraSpec(rank=2, targets=("q",))
+    )
+    flat = {path: leaf.astype(jnp.bfloat16) for path, leaf in names.flatten(base.params).items()}
+    kernel = np.asarray(flat["layers", "attn", "q", "kernel"], np.float32)
+    for path, spec in names.flatten(param_specs(cfg)).items():
+        if path[-1].startswith("lora"):
+            flat[path] = jnp.full(spec.shape, 1e-3, jnp.float32)
+    save_model(tmp_path, Model(cfg, names.unflatten(flat), base.tokenizer), dtype=np.float32)
+    got = np.asarray(load_model(str(tmp_path)).params["layers"]["attn"]["q"]["kernel"])
+    update = cfg.lora.alpha / cfg.lora.rank * 2 * 1e-6  # rank 2
+    np.testing.assert_allclose(got, kernel + np.float32(update), rtol=1e-6)
+    assert np.mean(got != kernel) > 0.9
+
+
 def test_end_of_sequence_ids_of_generation_config_are_added(tmp_path):
     save_model(tmp_path, tiny_model())
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
@@ -167,6 +185,18 @@ def test_convert_from_gguf_and_between_types(dtype, tmp_path):
     assert json.loads((tmp_path / "small/config.json").read_text())["dtype"] == dtype
     ids = load_tokenizer(str(path)).encode("Hello world 123")
     assert load_tokenizer(str(tmp_path / "small")).encode("Hello world 123") == ids
+
+
+def test_of_several_processes_one_converts_unless_each_has_its_own_folder(tmp_path, monkeypatch):
+    path = str(tiny_gguf.write(tmp_path / "m.gguf", tiny_gguf.CASES["qwen2"]))
+    convert(path, tmp_path / "first")
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    convert(path, tmp_path / "shared")
+    assert not (tmp_path / "shared").exists()
+    convert(path, tmp_path / "own", everywhere=True)
+    written = [sorted(file.name for file in (tmp_path / name).iterdir()) for name in ("first", "own")]
+    assert written[0] == written[1]
+    assert "model.safetensors" in written[1]
 
 
 def test_convert_to_a_type_that_weights_do_not_have(tmp_path):
