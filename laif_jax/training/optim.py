@@ -12,8 +12,6 @@ import optax
 
 from laif_jax.config.schema import OptimizerSpec
 
-LION_B2 = 0.99  # Chen et al. 2023, section 4; Adam's 0.999 is the default of the other optimisers
-
 
 def make_optimizer(spec: OptimizerSpec) -> optax.GradientTransformationExtraArgs:
     """The optimiser of a spec; equal specs (apart from traced numbers) give the very same object, so steps are reused.
@@ -26,14 +24,11 @@ def make_optimizer(spec: OptimizerSpec) -> optax.GradientTransformationExtraArgs
                  v = decay v + (1 - decay) g^2; p -= lr g / (sqrt(v) + eps)
       adafactor  factored second moments, update clipping and relative step size (Shazeer & Stern 2018); the layers of a
                  stacked leaf share the block statistics
-      lion       sign of interpolated momentum (Chen et al. 2023); b2 is 0.99 unless the spec sets it
+      lion       sign of interpolated momentum (Chen et al. 2023)
 
     Weight decay acts on matrices, not on biases and norm scales.
     """
-    b2 = spec.b2
-    if spec.name == "lion" and "b2" not in spec.model_fields_set:
-        b2 = LION_B2
-    return _optimizer(spec.name, spec.b1, b2, spec.eps, spec.decay, spec.momentum)
+    return _optimizer(spec.name, spec.b1, spec.b2, spec.eps, spec.decay, spec.momentum)
 
 
 def optimizer_hyper(spec: OptimizerSpec) -> dict[str, float]:

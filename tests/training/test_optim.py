@@ -46,7 +46,11 @@ def test_three_updates_equal_torch(case):
 
 
 def test_lion_takes_signs_and_its_own_default_b2():
-    optimizer = make_optimizer(OptimizerSpec(name="lion"))
+    spec = OptimizerSpec(name="lion")
+    assert spec.resolved()["b2"] == 0.99  # what a saved configuration and a stage's key say is what is used
+    assert make_optimizer(OptimizerSpec(**spec.resolved())) is make_optimizer(spec)
+    assert OptimizerSpec(name="lion", b2=0.999).resolved() != spec.resolved()
+    optimizer = make_optimizer(spec)
     params = {"kernel": jnp.asarray(START)}
     updates, state = optimizer.update(
         {"kernel": jnp.asarray(GRADS[0])},
