@@ -56,7 +56,7 @@ def collect(
         "stages": [_stage_row(node, outcome) for node, outcome in outcomes.items()],
         "warnings": [],
     }
-    results["warnings"] = list(_warnings(config, results, outcomes))
+    results["warnings"] = [*_warnings(config, results, outcomes), *_twins(finished)]
     results |= answers(results, questions(config))
     return Collected(results, _curves(replicates, outcomes), _samples(finished))
 
@@ -214,8 +214,27 @@ def _warnings(config: StudyConfig, results: Mapping[str, Any], outcomes: Outcome
                 f"the judge agrees with humans on {row['without_ties']:.1%} of pairs (95% interval {low:.1%} to "
                 f"{high:.1%}), which is not distinguishable from a coin: its win rates say little about quality"
             )
+    for name, row in results["labels"].items():
+        same, first = row.get("swap_consistency"), row.get("first_shown_wins")
+        if same is not None and first is not None and same < 0.5:
+            yield (
+                f"arm `{name}`: the critic named the same side in both orders in {same:.0%} of comparisons only, and "
+                f"the answer shown first in {first:.0%}: its labels say more about the order than about the answers"
+            )
     if config.seeds == 1:
         yield "one seed: intervals cover the choice of prompts, not the spread between training runs"
+
+
+def _twins(finished: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Any:
+    """Arms that answer (nearly) all prompts alike: what sets them apart did not change the model."""
+    for (a, left), (b, right) in itertools.combinations(finished.items(), 2):
+        pairs = [pair for rows in zip(left, right) for pair in zip(*rows)]
+        same = sum(x["output"] == y["output"] for x, y in pairs)
+        if pairs and same > 0.98 * len(pairs):
+            yield (
+                f"arms `{a}` and `{b}` gave the same output to {same} of {len(pairs)} prompts: they are nearly one "
+                "model, and a comparison of the two says nothing about the recipes"
+            )
 
 
 def _curves(replicates: Sequence[Replicate], outcomes: Outcomes) -> dict[str, Any]:

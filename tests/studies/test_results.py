@@ -15,7 +15,7 @@ from laif_jax.stages.artifact import Artifact
 from laif_jax.stages.context import Context
 from laif_jax.studies import laif
 from laif_jax.studies.graph import Node, Outcome, ordered
-from laif_jax.studies.results import collect, describe, questions
+from laif_jax.studies.results import _twins, collect, describe, questions
 from laif_jax.studies.table import number
 from tests.studies import tiny
 
@@ -81,6 +81,25 @@ def study(tmp_path):
                 made = artifact(tmp_path, node, {"ok": 3, "n": 4})
             outcomes[node] = Outcome(made)
     return config, replicates, outcomes
+
+
+def test_arms_that_are_one_model_are_named():
+    def rows(arm, count=4):
+        return [[{"output": f"{arm} {i}"} for i in range(count)]]
+
+    (warning,) = _twins({"start": rows("x"), "tuned": rows("x"), "other": rows("y"), "failed": [[]]})
+    assert "`start` and `tuned`" in warning
+    assert "4 of 4" in warning
+
+
+def test_a_critic_that_goes_by_the_order_is_named(study):
+    config, replicates, outcomes = study
+    (labels,) = {replicate.labels["LAIF weak"] for replicate in replicates[:1]}
+    metrics = outcomes[labels].artifact.manifest["metrics"]
+    assert not any("order" in text for text in collect(config, "x", replicates, outcomes).results["warnings"])
+    metrics |= {"swap_consistency": 0.1, "first_shown_wins": 0.95}
+    warnings = collect(config, "x", replicates, outcomes).results["warnings"]
+    assert any("10% of comparisons only" in text and "95%" in text for text in warnings)
 
 
 def test_numbers_by_hand(study):
