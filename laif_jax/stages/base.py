@@ -113,7 +113,9 @@ def _pretrain(ctx: Context) -> Artifact:
             )
 
         batches = sft_batches(
-            [encode(prompt) for prompt in prompts], **fit.batch_options(ctx, spec, model.tokenizer)
+            [encode(prompt) for prompt in prompts],
+            # Not the replicate's seed: all replicates share this stage, whichever of them comes to run it.
+            **fit.batch_options(ctx, spec, model.tokenizer) | {"seed": ctx.config.seed},
         )
         shown = prompts[: fit.SHOWN]
         return fit.fit(ctx, folder, "pretrain", model, sft_task, spec, batches, shown=shown)

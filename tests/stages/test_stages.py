@@ -17,7 +17,7 @@ from laif_jax.models.model import load_model
 from laif_jax.models.weights import WeightsError
 from laif_jax.parallel.mesh import make_mesh
 from laif_jax.records import Completion, Usage, write_jsonl
-from laif_jax.stages import agreement, base, evaluate, label, prompts, sample, sft, teach
+from laif_jax.stages import agreement, base, evaluate, fit, label, prompts, sample, sft, teach
 from laif_jax.stages.artifact import Artifact, StageError
 from laif_jax.stages.split import sft_count, split
 from laif_jax.stages.usage import usage_of
@@ -355,6 +355,25 @@ def test_one_device_gives_what_eight_give(make, tmp_path):
     assert one.metrics["last"]["loss"] == pytest.approx(eight.metrics["last"]["loss"], rel=1e-4)
 
 
+def test_adapters_train_over_weights_that_are_frozen_in_the_compute_dtype(make, tmp_path):
+    study = tiny.copy_of_finished(tmp_path)
+    ctx = make(tmp_path, model__lora={"rank": 2, "targets": ["q", "down"]}, model__dtype="bfloat16")
+    ctx = dataclasses.replace(ctx, root=epath.Path(study))
+    start = finished_stage(study, "pretrain")
+    leaves = jax.tree_util.tree_leaves_with_path(fit.load(ctx, base.model_folder(start)).params)
+    dtypes = {("lora_" in str(path[-1]), str(leaf.dtype)) for path, leaf in leaves}
+    assert dtypes == {(True, "float32"), (False, "bfloat16")}
+    taught = teach.run(ctx, prompts.run(ctx), teacher="strong", split="train", stop=40)
+    made = sft.run(ctx, start, prompts.run(ctx), taught, share=1.0)
+    before, after = (load_model(str(base.model_folder(stage))).params for stage in (start, made))
+    for (path, old), new in zip(
+        jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True
+    ):
+        frozen = np.asarray(old.astype(jax.numpy.bfloat16), np.float32)
+        adapted = {"q", "down"} & {entry.key for entry in path}
+        assert np.array_equal(frozen, new) != bool(adapted), path
+
+
 def test_no_sample_is_dropped_and_the_batch_size_changes_nothing(make, tmp_path):
     study = tiny.copy_of_finished(tmp_path)
     before = finished_stage(study, "sample", generator="SFT weak")
@@ -390,6 +409,14 @@ def test_pretraining_shows_samples_too(make, tmp_path, monkeypatch):
     monkeypatch.setattr(base.fit, "fit", lambda *_, **options: seen.update(options) or {})
     base.run(make(tmp_path, pretrain__sample_every=2))
     assert len(seen["shown"]) == base.fit.SHOWN
+
+
+def test_every_replicate_would_make_the_same_base(make, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(base.fit, "fit", lambda *args, **_: seen.append(args[6].at(0)) or {})
+    made = [base.run(make(tmp_path / str(seed), seed)) for seed in (0, 1)]
+    assert made[0].key == made[1].key
+    jax.tree.map(np.testing.assert_array_equal, *seen)
 
 
 def test_an_unknown_model_is_named(make, tmp_path):
