@@ -40,8 +40,14 @@ class SimulatedSpec(Spec):
     latency: float = Field(default=0.0, ge=0)
     seed: int = 0
 
-    def unused(self) -> dict[str, tuple[str, str]]:
-        return {"errors": ("`world: planted`", "`world: symbols`")} if self.world == "planted" else {}
+    @model_validator(mode="after")
+    def _check(self) -> "SimulatedSpec":
+        # Only the value that asks for something: the service gets all fields, defaults included.
+        if self.world == "planted" and self.errors == "habitual":
+            raise ValueError(
+                "`errors: habitual` has no effect with `world: planted`; it is used by `world: symbols`"
+            )
+        return self
 
 
 class EndpointSpec(Spec):

@@ -90,7 +90,7 @@ def test_loads_and_round_trips(path):
         ("matrix={teachers: [weak], pairs: [policy_vs_teacher]}", ["matrix", "`pairs` has no effect"]),
         (
             "endpoints.mind.simulated={world: planted, errors: habitual}",
-            ["endpoints.mind.simulated", "`errors` has no effect", "symbols"],
+            ["endpoints.mind.simulated", "`errors: habitual` has no effect", "symbols"],
         ),
         ("arms.9.share=1", ["list of 2", "0 to 1"]),
         ("name.x=1", ["`name` is a value"]),
