@@ -110,10 +110,11 @@ def test_bad_requests_are_explained(service, monkeypatch) -> None:
             client.judge(EndpointSpec(provider="llama_cpp", gguf="x.gguf"), "laif_basic", planted(1))
         with pytest.raises(LabelServiceError, match="no job"):
             client.status("0" * 16)
-    response = httpx.post(f"{service.url}/v1/jobs", content=b'{"kind": "judge", "colour": 1}')
+    url, kind = f"{service.url}/v1/jobs", {"Content-Type": "application/json"}
+    response = httpx.post(url, content=b'{"kind": "judge", "colour": 1}', headers=kind)
     assert response.status_code == 422
     assert "colour" in response.text
-    assert httpx.post(f"{service.url}/v1/jobs", content=b"not json").status_code == 422
+    assert httpx.post(url, content=b"not json", headers=kind).status_code == 422
     assert httpx.get(f"{service.url}/openapi.json").status_code == 200
 
 
