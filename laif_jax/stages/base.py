@@ -112,11 +112,10 @@ def _pretrain(ctx: Context) -> Artifact:
                 completion=answer,
             )
 
-        batches = sft_batches(
-            [encode(prompt) for prompt in prompts],
-            # Not the replicate's seed: all replicates share this stage, whichever of them comes to run it.
-            **fit.batch_options(ctx, spec, model.tokenizer) | {"seed": ctx.config.seed},
-        )
+        options = fit.batch_options(ctx, spec, model.tokenizer)
+        # Not the replicate's: all replicates share this stage, whichever of them comes to run it.
+        options["seed"] = ctx.config.seed
+        batches = sft_batches([encode(prompt) for prompt in prompts], **options)
         shown = prompts[: fit.SHOWN]
         return fit.fit(ctx, folder, "pretrain", model, sft_task, spec, batches, shown=shown)
 
