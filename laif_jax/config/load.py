@@ -8,13 +8,13 @@ import difflib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 import yaml
 from etils import epath
 
-from laif_jax.config.schema import ArmSpec, StudyConfig
+from laif_jax.config.schema import ArmSpec, PpoConfig, RunConfig, StudyConfig
 from laif_jax.records.errors import LaifError
 
 
@@ -112,12 +112,22 @@ def _merge(base: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
 # ---- loading ---------------------------------------------------------------------------------------------------
 
 
-def load_config(path: str | epath.Path, overrides: Iterable[str] = ()) -> StudyConfig:
-    """Reads, merges and checks a study's configuration.
+Config = TypeVar("Config", bound=RunConfig)
+
+
+@typing.overload
+def load_config(path: str | epath.Path, overrides: Iterable[str] = ()) -> StudyConfig: ...
+@typing.overload
+def load_config(path: str | epath.Path, overrides: Iterable[str], schema: type[Config]) -> Config: ...
+def load_config(
+    path: str | epath.Path, overrides: Iterable[str] = (), schema: type[RunConfig] = StudyConfig
+) -> RunConfig:
+    """Reads, merges and checks a configuration file.
 
     Args:
       path: a YAML file.
       overrides: "dotted.key=value" strings; list items are addressed by index ("arms.0.share=0.2").
+      schema: what the file describes: a study, or one run of `laif reward` or `laif ppo`.
 
     Raises:
       ConfigError: anything that is wrong, all mistakes in one message.
@@ -147,28 +157,33 @@ def load_config(path: str | epath.Path, overrides: Iterable[str] = ()) -> StudyC
         tree = _merge(tree, scales[scale] or {})
     for key, value in parsed:
         _set_path(tree, key, value, f"override `{'.'.join(key)}`")
-    return validate(tree, str(path))
+    return validate(tree, str(path), schema)
 
 
-def validate(tree: Mapping[str, Any], where: str) -> StudyConfig:
+@typing.overload
+def validate(tree: Mapping[str, Any], where: str) -> StudyConfig: ...
+@typing.overload
+def validate(tree: Mapping[str, Any], where: str, schema: type[Config]) -> Config: ...
+def validate(tree: Mapping[str, Any], where: str, schema: type[RunConfig] = StudyConfig) -> RunConfig:
     """Checks a plain tree of values against the schema, then the names that refer to each other."""
     try:
-        config = StudyConfig.model_validate(tree)
+        config = schema.model_validate(tree)
     except pydantic.ValidationError as error:
-        lines = [_describe(item) for item in error.errors()]
+        lines = [_describe(item, schema) for item in error.errors()]
         raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from error
-    try:
-        expand_arms(config)
-    except pydantic.ValidationError as error:  # the listed arms are valid: one that `matrix` makes is not
-        lines = [_describe(item) for item in error.errors()]
-        raise ConfigError("\n".join(f"{where}: matrix: {line}" for line in lines)) from error
-    problems = list(_dangling_names(config))
+    if isinstance(config, StudyConfig):
+        try:
+            expand_arms(config)
+        except pydantic.ValidationError as error:  # the listed arms are valid: one that `matrix` makes is not
+            lines = [_describe(item, ArmSpec) for item in error.errors()]
+            raise ConfigError("\n".join(f"{where}: matrix: {line}" for line in lines)) from error
+    problems = list(_problems(config))
     if problems:
         raise ConfigError("\n".join(f"{where}: {line}" for line in problems))
     return config
 
 
-def dump_config(config: StudyConfig) -> str:
+def dump_config(config: RunConfig) -> str:
     """The resolved configuration, defaults included, as YAML that `load_config` reads back to an equal value."""
     return yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True)
 
@@ -181,11 +196,11 @@ def _nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean `{near[0]}`?" if near else ""
 
 
-def _describe(item: Any) -> str:
+def _describe(item: Any, root: type[pydantic.BaseModel]) -> str:
     """One pydantic error as `dotted.key: message`."""
     key = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        schema = _schema_at(StudyConfig, item["loc"][:-1])
+        schema = _schema_at(root, item["loc"][:-1])
         fields = list(schema.model_fields) if schema else []
         hint = _nearest(str(item["loc"][-1]), fields)
         return f"{key}: unknown key{hint or '; valid here: ' + ', '.join(fields)}"
@@ -226,47 +241,53 @@ def _strip(annotation: Any) -> Any:
     return annotation
 
 
-def _dangling_names(config: StudyConfig) -> Iterable[str]:
-    """Names that point to nothing: teachers, critics, endpoints, arms."""
+def _known(key: str, name: str, known: Iterable[str], kind: str) -> Iterable[str]:
+    """A name that points to nothing."""
+    known = list(known)
+    if name not in known:
+        yield f"{key}: there is no {kind} `{name}`; known: {', '.join(known) or 'none'}{_nearest(name, known)}"
 
-    def check(key: str, name: str, known: Iterable[str], kind: str) -> Iterable[str]:
-        known = list(known)
-        if name not in known:
-            yield f"{key}: there is no {kind} `{name}`; known: {', '.join(known) or 'none'}{_nearest(name, known)}"
 
-    for name, teacher in config.teachers.items():
-        if teacher.endpoint:
-            yield from check(f"teachers.{name}.endpoint", teacher.endpoint, config.endpoints, "endpoint")
-    critics = {f"critics.{name}": critic for name, critic in config.critics.items()}
-    for key, critic in {**critics, "evaluation.judge": config.evaluation.judge}.items():
-        yield from check(f"{key}.endpoint", critic.endpoint, config.endpoints, "endpoint")
-    yield from check("evaluation.reference", config.evaluation.reference, config.teachers, "teacher")
-    for index, arm in enumerate(config.arms):
-        yield from check(f"arms.{index}.teacher", arm.teacher, config.teachers, "teacher")
-        if arm.critic:
-            yield from check(f"arms.{index}.critic", arm.critic, config.critics, "critic")
-        if arm.optimize == "dpo" and config.dpo is None:
-            yield f"arms.{index}.optimize: `dpo` needs the section `dpo`"
-    if config.matrix:
-        for teacher in config.matrix.teachers:
-            yield from check("matrix.teachers", teacher, config.teachers, "teacher")
-        for critic in config.matrix.critics:
-            yield from check("matrix.critics", critic, config.critics, "critic")
-        if config.matrix.critics and config.dpo is None:
-            yield "matrix.critics: arms with a critic need the section `dpo`"
-    if not expand_arms(config):
-        yield "arms: give `arms` or `matrix`; there is nothing to run"
-    names = [arm.name for arm in expand_arms(config)]
-    for name in {n for n in names if names.count(n) > 1}:
-        yield f"arms: the name `{name}` is given twice"
-    for index, question in enumerate(config.questions):
-        yield from check(f"questions.{index}.laif", question.laif, names, "arm")
-        yield from check(f"questions.{index}.sft", question.sft, names, "arm")
+def _problems(config: RunConfig) -> Iterable[str]:
+    """What no single section can see: names that point to nothing, sections that are missing or have no effect."""
+    for name, critic in config.critics.items():
+        yield from _known(f"critics.{name}.endpoint", critic.endpoint, config.endpoints, "endpoint")
+    if isinstance(config, StudyConfig):
+        yield from _study_problems(config)
+        yield from _arm_problems(config)
+    else:
+        if config.model.source == "scratch":
+            yield "model.source: a run of its own starts from existing weights: give a folder, a .gguf file or a name"
+    if isinstance(config, PpoConfig):
+        for name, source in config.rewards.items():
+            if source.critic is not None:
+                yield from _known(f"rewards.{name}.critic", source.critic, config.critics, "critic")
+        if config.ppo.sweep is not None:
+            yield "ppo.sweep: has an effect in a study only; run `laif ppo` once per setting"
+    if isinstance(config, PpoConfig | StudyConfig):
+        yield from _symbols_problems(config)
+
+
+def _symbols_problems(config: "PpoConfig | StudyConfig") -> Iterable[str]:
     symbols = "symbols" in (config.data.train.kind, config.data.eval.kind)
     if symbols and config.data.symbols is None:
         yield "data.symbols: `kind: symbols` needs the world's settings here"
     if not symbols and config.data.symbols is not None:
         yield "data.symbols: has no effect; no source has `kind: symbols`"
+
+
+def _study_problems(config: StudyConfig) -> Iterable[str]:
+    for name, teacher in config.teachers.items():
+        if teacher.endpoint:
+            yield from _known(f"teachers.{name}.endpoint", teacher.endpoint, config.endpoints, "endpoint")
+    judge = config.evaluation.judge
+    yield from _known("evaluation.judge.endpoint", judge.endpoint, config.endpoints, "endpoint")
+    yield from _known("evaluation.reference", config.evaluation.reference, config.teachers, "teacher")
+    names = [arm.name for arm in expand_arms(config)]
+    for index, question in enumerate(config.questions):
+        yield from _known(f"questions.{index}.laif", question.laif, names, "arm")
+        yield from _known(f"questions.{index}.sft", question.sft, names, "arm")
+    symbols = "symbols" in (config.data.train.kind, config.data.eval.kind)
     if config.pretrain is not None and (config.model.source != "scratch" or not symbols):
         yield "pretrain: has an effect only with `model.source: scratch` and a source of `kind: symbols`"
     for key, sampling in (("sampling", config.sampling), ("evaluation.sampling", config.evaluation.sampling)):
@@ -275,14 +296,67 @@ def _dangling_names(config: StudyConfig) -> Iterable[str]:
                 f"{key}.samples: has no effect; the study takes two samples per prompt for `policy_vs_policy`, "
                 "and one everywhere else. Remove it"
             )
-    if config.dpo is not None and not any(arm.optimize == "dpo" for arm in expand_arms(config)):
-        yield "dpo: has no effect; no arm has `optimize: dpo`"
+
+
+# What each way of learning reads, beside what all arms read.
+SECTIONS: Mapping[str, tuple[str, ...]] = {
+    "none": (),
+    "dpo": ("dpo",),
+    "ppo": ("reward", "ppo"),
+    "iterated_dpo": ("dpo", "iterate"),
+    "iterated_ppo": ("reward", "ppo", "iterate"),
+    "best_of_n": ("reward", "best_of_n"),
+    "rejection_sampling": ("reward", "rejection_sampling"),
+}
+
+
+def arm_sections(arm: ArmSpec) -> tuple[str, ...]:
+    """The optional sections of a study that an arm reads."""
+    if arm.optimize == "ppo" and arm.reward == "critic":
+        return ("ppo",)
+    return SECTIONS[arm.optimize]
+
+
+def _arm_problems(config: StudyConfig) -> Iterable[str]:
+    for index, arm in enumerate(config.arms):
+        yield from _known(f"arms.{index}.teacher", arm.teacher, config.teachers, "teacher")
+        if arm.critic:
+            yield from _known(f"arms.{index}.critic", arm.critic, config.critics, "critic")
+        for section in arm_sections(arm):
+            if getattr(config, section) is None:
+                yield f"arms.{index}.optimize: `{arm.optimize}` needs the section `{section}`"
+    if config.matrix:
+        for teacher in config.matrix.teachers:
+            yield from _known("matrix.teachers", teacher, config.teachers, "teacher")
+        for critic in config.matrix.critics:
+            yield from _known("matrix.critics", critic, config.critics, "critic")
+        if config.matrix.critics:
+            needed = {section: name for name in config.matrix.optimize for section in SECTIONS[name]}
+            for section, name in needed.items():
+                if getattr(config, section) is None:
+                    yield f"matrix.critics: arms with `optimize: {name}` need the section `{section}`"
+    arms = expand_arms(config)
+    if not arms:
+        yield "arms: give `arms` or `matrix`; there is nothing to run"
+    names = [arm.name for arm in arms]
+    for name in {n for n in names if names.count(n) > 1}:
+        yield f"arms: the name `{name}` is given twice"
+    used = {section for arm in arms for section in arm_sections(arm)}
+    for section in ("dpo", "reward", "ppo", "best_of_n", "rejection_sampling", "iterate"):
+        if getattr(config, section) is not None and section not in used:
+            users = [name for name, sections in SECTIONS.items() if section in sections]
+            yield f"{section}: has no effect; no arm has `optimize: {'` or `'.join(users)}`"
+    direct = any(arm.optimize == "ppo" and arm.reward == "critic" for arm in arms)
+    values = config.ppo is not None and config.ppo.learns_values and config.ppo.value == "separate"
+    if direct and values and config.ppo and config.ppo.value_init == "reward":
+        yield "ppo.value_init: an arm with `reward: critic` has no reward model to start from; use `policy`"
 
 
 def expand_arms(config: StudyConfig) -> list[ArmSpec]:
     """All arms: those listed, then those of the matrix (SFT on each teacher and share; LAIF from the smallest share).
 
-    Names: "sft-<teacher>-<percent>" and "laif-<teacher>-<critic>-<pairs>".
+    Names: "sft-<teacher>-<percent>" and "laif-<teacher>-<critic>-<pairs>-<optimize>", the last two where there are
+    several.
     """
     arms = list(config.arms)
     if config.matrix:
@@ -297,6 +371,7 @@ def expand_arms(config: StudyConfig) -> list[ArmSpec]:
                 for pairs in matrix.pairs:
                     for optimize in matrix.optimize:
                         suffix = "" if len(matrix.pairs) == 1 else "-" + pairs.split("_vs_")[1]
+                        suffix += "" if len(matrix.optimize) == 1 else "-" + optimize
                         arms.append(
                             ArmSpec(
                                 name=f"laif-{teacher}-{critic}{suffix}",

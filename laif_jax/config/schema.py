@@ -1,11 +1,22 @@
 """The schema of a study's YAML file; every other schema can be imported from here too."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from laif_jax.config.base import Fraction, Positive, Spec
+from laif_jax.config.data import DataSpec, PairSource, PairsSpec, PromptSource, SymbolsSpec
 from laif_jax.config.endpoints import CriticSpec, EndpointSpec, LabelingSpec, SimulatedSpec, TeacherSpec
+from laif_jax.config.rl import (
+    BestOfNSpec,
+    IterateSpec,
+    KlSpec,
+    PpoSpec,
+    PpoSweep,
+    RejectionSpec,
+    RewardSource,
+    RewardSpec,
+)
 from laif_jax.config.training import (
     DpoSpec,
     LoraSpec,
@@ -21,23 +32,36 @@ from laif_jax.config.training import (
 
 __all__ = [
     "ArmSpec",
+    "BestOfNSpec",
     "CriticSpec",
     "DataSpec",
     "DpoSpec",
     "EndpointSpec",
     "EvaluationSpec",
     "Fraction",
+    "IterateSpec",
+    "KlSpec",
     "LabelingSpec",
     "LoraSpec",
     "MatrixSpec",
     "MeshSpec",
     "ModelSpec",
     "OptimizerSpec",
+    "PairSource",
+    "PairsSpec",
     "Positive",
+    "PpoConfig",
+    "PpoSpec",
+    "PpoSweep",
     "PreferenceLoss",
     "PretrainSpec",
     "PromptSource",
     "QuestionSpec",
+    "RejectionSpec",
+    "RewardConfig",
+    "RewardSource",
+    "RewardSpec",
+    "RunConfig",
     "SamplingSpec",
     "ScratchSpec",
     "SftSpec",
@@ -48,64 +72,6 @@ __all__ = [
     "TeacherSpec",
     "TrainSpec",
 ]
-
-# ---- data ------------------------------------------------------------------------------------------------------
-
-
-class PromptSource(Spec):
-    """Where prompts come from.
-
-    Attributes:
-      kind: "jsonl" / "parquet" / "arrayrecord" (files at `path`), "hf" (`datasets`: a Hub name or a saved folder),
-        "tfds" (a `data_source` of TensorFlow Datasets) or "symbols" (the synthetic world, made on the fly).
-      prompt: the column that holds the instruction (or a list of messages). completions: the column that maps a
-        generator's name to its completion, or None. limit: rows taken from the start, after shuffling with the seed.
-    """
-
-    kind: Literal["jsonl", "parquet", "arrayrecord", "hf", "tfds", "symbols"] = "jsonl"
-    path: str | None = None
-    split: str = "train"
-    prompt: str = "prompt"
-    completions: str | None = None
-    limit: Positive | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> "PromptSource":
-        if self.kind == "symbols" and self.limit is None:
-            raise ValueError("`kind: symbols` needs `limit`, the number of prompts to make")
-        if self.kind != "symbols" and self.path is None:
-            raise ValueError(f"`kind: {self.kind}` needs `path`")
-        if self.kind in ("jsonl", "parquet", "arrayrecord") and self.split != "train":
-            raise ValueError(
-                f"`split` has no effect with `kind: {self.kind}`; name the split's file in `path`"
-            )
-        return self
-
-    def unused(self) -> dict[str, tuple[str, str]]:
-        if self.kind != "symbols":
-            return {}
-        return dict.fromkeys(
-            ("path", "prompt", "completions"), ("`kind: symbols`", "the kinds that read files")
-        )
-
-
-class SymbolsSpec(Spec):
-    """The synthetic world: instructions over short symbol strings."""
-
-    symbols: Annotated[int, Field(ge=3, le=26)] = 8
-    min_length: Positive = 3
-    max_length: Positive = 6
-    max_steps: Positive = 2  # how many operations an instruction composes
-
-
-class DataSpec(Spec):
-    """Prompts for training and for evaluation. `root` is put before relative paths."""
-
-    root: str | None = None
-    train: PromptSource
-    eval: PromptSource
-    symbols: SymbolsSpec | None = None
-
 
 # ---- study -----------------------------------------------------------------------------------------------------
 
@@ -118,20 +84,31 @@ class PretrainSpec(TrainSpec):
     skill: Fraction = 0.5
 
 
+Learned = Literal["dpo", "ppo", "iterated_dpo", "iterated_ppo", "best_of_n", "rejection_sampling"]
+Optimize = Literal["none", "dpo", "ppo", "iterated_dpo", "iterated_ppo", "best_of_n", "rejection_sampling"]
+
+
 class ArmSpec(Spec):
-    """One arm of the LAIF matrix: SFT on `share` of a teacher's completions, then perhaps preference optimisation on
-    the rest of the prompts.
+    """One arm of the LAIF matrix: SFT on `share` of a teacher's completions, then perhaps learning from a critic's
+    preferences on the rest of the prompts.
 
     Attributes:
+      optimize: "dpo"; "ppo": a reward model on the critic's labels, then the algorithm of the section `ppo`;
+        "iterated_dpo" / "iterated_ppo": rounds of sampling, labelling and training (the section `iterate`);
+        "best_of_n": the SFT policy, of whose samples the reward model takes the best; "rejection_sampling": SFT on its
+        own best samples.
       pairs: "policy_vs_policy": two samples of the SFT policy; "policy_vs_teacher": a sample against the teacher.
+      reward: of "ppo": "model": a reward model on the critic's labels; "critic": the critic rates every sample itself
+        (d-RLAIF), which asks for a critic data file with ratings.
     """
 
     name: str
     teacher: str
     share: float = Field(gt=0.0, le=1.0)
-    optimize: Literal["none", "dpo"] = "none"
+    optimize: Optimize = "none"
     critic: str | None = None
     pairs: Literal["policy_vs_policy", "policy_vs_teacher"] = "policy_vs_policy"
+    reward: Literal["model", "critic"] = "model"
 
     @model_validator(mode="after")
     def _check(self) -> "ArmSpec":
@@ -142,9 +119,14 @@ class ArmSpec(Spec):
         return self
 
     def unused(self) -> dict[str, tuple[str, str]]:
-        if self.optimize != "none":
-            return {}
-        return dict.fromkeys(("critic", "pairs"), ("`optimize: none`", "`optimize: dpo`"))
+        unused = {}
+        if self.optimize == "none":
+            unused = dict.fromkeys(("critic", "pairs"), ("`optimize: none`", "`optimize: dpo` and others"))
+        if self.optimize == "ppo" and self.reward == "critic":
+            unused["pairs"] = ("`reward: critic`", "`reward: model`")
+        if self.optimize != "ppo":
+            unused["reward"] = (f"`optimize: {self.optimize}`", "`optimize: ppo`")
+        return unused
 
 
 class MatrixSpec(Spec):
@@ -155,7 +137,7 @@ class MatrixSpec(Spec):
     shares: tuple[float, ...] = (0.1, 1.0)
     critics: tuple[str, ...] = ()
     pairs: tuple[Literal["policy_vs_policy", "policy_vs_teacher"], ...] = ("policy_vs_policy",)
-    optimize: tuple[Literal["dpo"], ...] = ("dpo",)
+    optimize: tuple[Learned, ...] = ("dpo",)
 
     def unused(self) -> dict[str, tuple[str, str]]:
         return {} if self.critics else dict.fromkeys(("pairs", "optimize"), ("no `critics`", "`critics`"))
@@ -187,29 +169,55 @@ class EvaluationSpec(Spec):
         return {} if self.agreement else {"agreement_limit": ("no `agreement` file", "`agreement`")}
 
 
-class StudyConfig(Spec):
-    """One study, one YAML file.
+class RunConfig(Spec):
+    """What every configuration file has.
 
     A file may also hold `scales: {NAME: {partial tree}}`; `scale: NAME` merges that tree over the file's.
     """
 
     name: str
     seed: int = 0
-    seeds: Positive = 1  # replicates; replicate i uses seed + i
     scale: str = "default"
     out: str = "runs"
     wandb: str | None = None  # a Weights & Biases project that training metrics go to as well
     model: ModelSpec
     mesh: MeshSpec = MeshSpec()
-    data: DataSpec
     endpoints: dict[str, EndpointSpec] = Field(default_factory=dict)
     labeling: LabelingSpec = LabelingSpec()
-    teachers: dict[str, TeacherSpec]
     critics: dict[str, CriticSpec] = Field(default_factory=dict)
+
+
+class RewardConfig(RunConfig):
+    """One reward model from files of pairs: `laif reward CONFIG`. It starts from `model.source`."""
+
+    pairs: PairsSpec
+    reward: RewardSpec
+
+
+class PpoConfig(RunConfig):
+    """Reinforcement learning of one policy against given rewards: `laif ppo CONFIG`. The policy starts from
+    `model.source`, which is also the reference; `rewards` are summed by their weights."""
+
+    data: DataSpec
+    rewards: dict[str, RewardSource] = Field(min_length=1)
+    ppo: PpoSpec
+
+
+class StudyConfig(RunConfig):
+    """One study, one YAML file."""
+
+    seeds: Positive = 1  # replicates; replicate i uses seed + i
+    data: DataSpec
+    teachers: dict[str, TeacherSpec]
     pretrain: PretrainSpec | None = None
     sft: SftSpec
     sampling: SamplingSpec = SamplingSpec(top_p=0.9)
     dpo: DpoSpec | None = None
+    reward: RewardSpec | None = None
+    ppo: PpoSpec | None = None
+    best_of_n: BestOfNSpec | None = None
+    rejection_sampling: RejectionSpec | None = None
+    iterate: IterateSpec | None = None
     evaluation: EvaluationSpec
     arms: tuple[ArmSpec, ...] = ()
     matrix: MatrixSpec | None = None

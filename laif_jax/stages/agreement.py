@@ -9,11 +9,11 @@ from laif_jax.evaluation.agreement import agreement_by_source, labels_from_p, re
 from laif_jax.records import Comparison, Completion, Prompt, Status, file_sha256, write_jsonl
 from laif_jax.stages import label
 from laif_jax.stages.artifact import Artifact, StageError, run_stage
-from laif_jax.stages.context import Context
+from laif_jax.stages.context import StudyContext
 from laif_jax.stages.usage import usage_of
 
 
-def run(ctx: Context) -> Artifact:
+def run(ctx: StudyContext) -> Artifact:
     """Judges pairs with human labels. Metrics: `by_source`, a list of the fields of `evaluation.agreement.Agreement`,
     and `usage`.
 

@@ -19,14 +19,17 @@ from laif_jax.models.tokenizer import load_tokenizer
 from laif_jax.parallel.rules import param_shardings
 from laif_jax.stages import fit
 from laif_jax.stages.artifact import Artifact, run_stage
-from laif_jax.stages.context import Context
+from laif_jax.stages.context import Context, StudyContext
 from laif_jax.training.tasks import sft_task
 from laif_jax.worlds import symbols
 
 
 def run(ctx: Context) -> Artifact:
     """The base model. All replicates share it: it is given, what is studied comes after."""
-    return _pretrain(ctx) if ctx.config.model.source == "scratch" else _existing(ctx)
+    if ctx.config.model.source != "scratch":
+        return _existing(ctx)
+    assert isinstance(ctx, StudyContext)  # checked when the configuration was read
+    return _pretrain(ctx)
 
 
 def model_folder(artifact: Artifact) -> epath.Path:
@@ -78,7 +81,7 @@ def _fingerprint(path: epath.Path, edge: int = 1 << 20) -> list[Any]:
 # ---- the synthetic world ---------------------------------------------------------------------------------------
 
 
-def _pretrain(ctx: Context) -> Artifact:
+def _pretrain(ctx: StudyContext) -> Artifact:
     """A decoder from random weights, trained on instructions answered with a chosen skill: a base of chosen strength.
 
     The instructions are of the world's own "pretrain" split; none is seen again later.
@@ -117,12 +120,22 @@ def _pretrain(ctx: Context) -> Artifact:
         options["seed"] = ctx.config.seed
         batches = sft_batches([encode(prompt) for prompt in prompts], **options)
         shown = prompts[: fit.SHOWN]
-        return fit.fit(ctx, folder, "pretrain", model, sft_task, spec, batches, shown=shown)
+        return fit.fit(
+            ctx,
+            folder,
+            "pretrain",
+            model,
+            sft_task,
+            spec,
+            batches,
+            shown=shown,
+            sampling=ctx.config.sampling,
+        )
 
     return run_stage("pretrain", settings, {}, ctx.root, work)
 
 
-def _fresh_model(ctx: Context) -> Model:
+def _fresh_model(ctx: StudyContext) -> Model:
     spec = ctx.config.model
     tokenizer = load_tokenizer(spec.tokenizer or "")
     assert spec.scratch is not None  # checked when the configuration was read

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from laif_jax.config import StudyConfig
+from laif_jax.config import RunConfig, StudyConfig
 from laif_jax.labeling.calls import Endpoint
 from laif_jax.labeling.client import LabelClient
 from laif_jax.labeling.local_servers import running
@@ -27,7 +27,7 @@ class Services(contextlib.AbstractContextManager):
     Only process 0 of a multi-host run uses them.
     """
 
-    def __init__(self, config: StudyConfig, root: epath.Path):
+    def __init__(self, config: RunConfig, root: epath.Path):
         self._config = config
         self._root = root
         self._stack = contextlib.ExitStack()
@@ -70,9 +70,9 @@ class Services(contextlib.AbstractContextManager):
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """One replicate of a study. `root`: the study's folder, shared by all replicates."""
+    """One run. `root`: the run's folder, shared by all replicates."""
 
-    config: StudyConfig
+    config: RunConfig
     root: epath.Path
     seed: int
     services: Services
@@ -84,3 +84,10 @@ class Context:
     @property
     def is_main(self) -> bool:
         return distributed.is_main()
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyContext(Context):
+    """One replicate of a study."""
+
+    config: StudyConfig

@@ -10,11 +10,11 @@ from laif_jax.data.pipeline import Batches, preference_batches
 from laif_jax.stages import fit, label
 from laif_jax.stages.artifact import Artifact, StageError, run_stage
 from laif_jax.stages.base import model_folder, model_settings
-from laif_jax.stages.context import Context
+from laif_jax.stages.context import StudyContext
 from laif_jax.training.tasks import preference_task
 
 
-def run(ctx: Context, policy: Artifact, labels: Artifact) -> Artifact:
+def run(ctx: StudyContext, policy: Artifact, labels: Artifact) -> Artifact:
     """Trains the SFT policy, which is also the reference, on its preferences and writes `model/`."""
     spec = ctx.config.dpo
     if spec is None:
@@ -25,12 +25,25 @@ def run(ctx: Context, policy: Artifact, labels: Artifact) -> Artifact:
         model = fit.load(ctx, model_folder(policy))
         batches, pairs = make_batches(ctx, model.tokenizer, labels)
         shown = [preference.prompt for preference in label.read_preferences(labels)[: fit.SHOWN]]
-        return fit.fit(ctx, folder, "dpo", model, preference_task, spec, batches, pairs=pairs, shown=shown)
+        return fit.fit(
+            ctx,
+            folder,
+            "dpo",
+            model,
+            preference_task,
+            spec,
+            batches,
+            pairs=pairs,
+            shown=shown,
+            sampling=ctx.config.sampling,
+        )
 
     return run_stage("dpo", settings, {"policy": policy, "labels": labels}, ctx.root, work)
 
 
-def make_batches(ctx: Context, tokenizer: PreTrainedTokenizerBase, labels: Artifact) -> tuple[Batches, int]:
+def make_batches(
+    ctx: StudyContext, tokenizer: PreTrainedTokenizerBase, labels: Artifact
+) -> tuple[Batches, int]:
     """(the batches of the whole run, how many pairs there are)."""
     spec = ctx.config.dpo
     assert spec is not None

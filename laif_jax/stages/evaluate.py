@@ -13,14 +13,14 @@ from laif_jax.records import Comparison, Completion, Prompt, read_jsonl, write_j
 from laif_jax.stages import label, sample, teach
 from laif_jax.stages import prompts as prompts_stage
 from laif_jax.stages.artifact import Artifact, run_stage
-from laif_jax.stages.context import Context
+from laif_jax.stages.context import StudyContext
 from laif_jax.stages.usage import usage_of
 from laif_jax.worlds import symbols
 
 VERDICTS = "verdicts.jsonl.gz"
 
 
-def run(ctx: Context, prompts: Artifact, samples: Artifact, references: Artifact) -> Artifact:
+def run(ctx: StudyContext, prompts: Artifact, samples: Artifact, references: Artifact) -> Artifact:
     """Judges every evaluation prompt (a: the reference, b: the arm) and writes
 
     * `verdicts.jsonl.gz`: one row per prompt, in order: prompt, reference, output, `p` (of the arm being better);

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from etils import epath
 from transformers import PreTrainedTokenizerBase
 
-from laif_jax.config import TrainSpec
+from laif_jax.config import SamplingSpec, TrainSpec
 from laif_jax.data.pipeline import Batches
 from laif_jax.models.lora import add_lora, trainable_mask
 from laif_jax.models.model import Model, load_model, save_model
@@ -71,13 +71,15 @@ def fit(
     *,
     pairs: int | None = None,
     shown: Sequence[Prompt] = (),
+    sampling: SamplingSpec | None = None,
 ) -> dict[str, Any]:
     """Trains `model` in `folder/train` and writes the result to `folder/model`, adapters merged.
 
     Args:
       make_task: `sft_task` or `preference_task`. pairs: of a preference data set: its number of pairs; their reference
         log-probs are then computed once, by the model as it starts, and kept in `folder/reference-*.npz`.
-      shown: prompts whose completions are sampled every `spec.sample_every` steps, into `folder/train/samples.jsonl`.
+      shown: prompts whose completions are sampled, as `sampling` says, every `spec.sample_every` steps, into
+        `folder/train/samples.jsonl`.
 
     Returns:
       The stage's metrics: those of the last logged step, how many steps, and what happened to the examples.
@@ -102,7 +104,9 @@ def fit(
             cache_dir=folder,
             steps=min(batches.total_steps, batches.steps_per_epoch),
         )
-    tables = bool(spec.sample_every and shown)
+    table = None
+    if spec.sample_every and shown and sampling:
+        table = SampleTable(ctx, model, shown, folder / "train" / "samples.jsonl", sampling)
     result = train(
         task,
         batches,
@@ -112,7 +116,7 @@ def fit(
         mesh=ctx.mesh,
         optimizer=optimizer,
         reference=reference,
-        callback=SampleTable(ctx, model, shown, folder / "train" / "samples.jsonl") if tables else None,
+        callback=table,
         callback_every=spec.sample_every,
         wandb={"project": ctx.config.wandb, "name": f"{title}-{folder.name}"} if ctx.config.wandb else None,
         title=title,

@@ -4,7 +4,7 @@ from typing import Any
 
 from etils import epath
 
-from laif_jax.config import PromptSource
+from laif_jax.config import PpoConfig, PromptSource, StudyConfig
 from laif_jax.data.readers import resolve
 from laif_jax.data.sources import SourceRow, load_prompts
 from laif_jax.records import DataError, Prompt, file_sha256, read_jsonl, write_jsonl
@@ -19,6 +19,7 @@ def run(ctx: Context) -> Artifact:
 
     A prompt that occurs in both is dropped from training, and counted: nothing is evaluated on what it was trained on.
     """
+    assert isinstance(ctx.config, StudyConfig | PpoConfig)  # the configurations that have prompts
     data = ctx.config.data
     settings: dict[str, Any] = {
         "train": _source_settings(data.train, data.root),

@@ -11,12 +11,14 @@ from laif_jax.stages import fit, teach
 from laif_jax.stages import prompts as prompts_stage
 from laif_jax.stages.artifact import Artifact, run_stage
 from laif_jax.stages.base import model_folder, model_settings
-from laif_jax.stages.context import Context
+from laif_jax.stages.context import StudyContext
 from laif_jax.stages.split import split
 from laif_jax.training.tasks import sft_task
 
 
-def run(ctx: Context, base: Artifact, prompts: Artifact, completions: Artifact, *, share: float) -> Artifact:
+def run(
+    ctx: StudyContext, base: Artifact, prompts: Artifact, completions: Artifact, *, share: float
+) -> Artifact:
     """Trains on the completions of the first `share` of the training prompts and writes `model/`."""
     settings = {
         "model": model_settings(ctx),
@@ -30,13 +32,27 @@ def run(ctx: Context, base: Artifact, prompts: Artifact, completions: Artifact, 
         model = fit.load(ctx, model_folder(base))
         batches = make_batches(ctx, model.tokenizer, prompts, completions, share)
         shown = [row.prompt for row in prompts_stage.read(prompts, "eval")[: fit.SHOWN]]
-        return fit.fit(ctx, folder, "sft", model, sft_task, ctx.config.sft, batches, shown=shown)
+        return fit.fit(
+            ctx,
+            folder,
+            "sft",
+            model,
+            sft_task,
+            ctx.config.sft,
+            batches,
+            shown=shown,
+            sampling=ctx.config.sampling,
+        )
 
     return run_stage("sft", settings, inputs, ctx.root, work)
 
 
 def make_batches(
-    ctx: Context, tokenizer: PreTrainedTokenizerBase, prompts: Artifact, completions: Artifact, share: float
+    ctx: StudyContext,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Artifact,
+    completions: Artifact,
+    share: float,
 ) -> Batches:
     """The batches of the whole run: one row per prompt of the share that has a completion."""
     spec = ctx.config.sft

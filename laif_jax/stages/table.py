@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from laif_jax.config import SamplingSpec
 from laif_jax.data.chat import encode_prompts, end_of_turn_ids
 from laif_jax.models.model import Model
 from laif_jax.parallel import distributed
@@ -19,7 +20,10 @@ class SampleTable:
     """A callback of the training loop: samples completions, appends them to a file, and returns the table as text
     (Markdown) for TensorBoard. Step and prompt determine the sample, so a resumed run writes the same rows."""
 
-    def __init__(self, ctx: Context, model: Model, prompts: Sequence[Prompt], path: epath.Path):
+    def __init__(
+        self, ctx: Context, model: Model, prompts: Sequence[Prompt], path: epath.Path, spec: SamplingSpec
+    ):
+        self._spec = spec.model_copy(update={"samples": 1})
         self._ctx, self._prompts, self._path = ctx, prompts, path
         self._cfg, self._tokenizer = model.cfg, model.tokenizer
         template = ctx.config.model.template
@@ -27,7 +31,7 @@ class SampleTable:
             model.tokenizer,
             [prompt.messages for prompt in prompts],
             template,
-            max(1, model.cfg.max_position - ctx.config.sampling.max_new_tokens),
+            max(1, model.cfg.max_position - spec.max_new_tokens),
         )
         self._ends = tuple(dict.fromkeys((*model.cfg.eos_ids, *end_of_turn_ids(model.tokenizer, template))))
 
@@ -36,7 +40,7 @@ class SampleTable:
             state.params,
             self._cfg,
             self._encoded.tokens,
-            self._ctx.config.sampling.model_copy(update={"samples": 1}),
+            self._spec,
             jax.random.fold_in(jax.random.key(self._ctx.seed), step),
             dtype=jnp.dtype(self._ctx.config.model.dtype),
             eos_ids=self._ends,

@@ -15,7 +15,7 @@ from laif_jax.parallel import distributed
 from laif_jax.records import Completion, DataError, read_jsonl, write_jsonl
 from laif_jax.stages import prompts as prompts_stage
 from laif_jax.stages.artifact import Artifact, StageError, run_stage
-from laif_jax.stages.context import Context
+from laif_jax.stages.context import Context, StudyContext
 from laif_jax.stages.progress import job_lines
 from laif_jax.stages.usage import usage_of
 
@@ -23,7 +23,7 @@ FILE = "completions.jsonl.gz"
 
 
 def run(
-    ctx: Context, prompts: Artifact, *, teacher: str, split: str, start: int = 0, stop: int | None = None
+    ctx: StudyContext, prompts: Artifact, *, teacher: str, split: str, start: int = 0, stop: int | None = None
 ) -> Artifact:
     """Completions of one teacher for the rows `start:stop` of a split, in their order.
 
@@ -62,7 +62,7 @@ def read(artifact: Artifact) -> list[Completion]:
     return [Completion.from_row(row) for row in read_jsonl(artifact.path / FILE)]
 
 
-def teacher_settings(ctx: Context, spec: TeacherSpec) -> dict[str, Any]:
+def teacher_settings(ctx: StudyContext, spec: TeacherSpec) -> dict[str, Any]:
     """What a teacher's answers depend on: not how many calls are in flight, nor where a local server listens."""
     settings = spec.resolved()
     if spec.endpoint:
@@ -101,7 +101,7 @@ def _from_data(rows: Sequence[SourceRow], spec: TeacherSpec) -> tuple[list[Compl
 
 
 def _from_service(
-    ctx: Context, rows: Sequence[SourceRow], teacher: str
+    ctx: StudyContext, rows: Sequence[SourceRow], teacher: str
 ) -> tuple[list[Completion], dict[str, int], str]:
     """(completions, counts by how the others ended, why the first missing one is missing)."""
     spec = ctx.config.teachers[teacher]

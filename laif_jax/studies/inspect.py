@@ -13,7 +13,7 @@ from laif_jax.models.model import resolve
 from laif_jax.models.tokenizer import load_tokenizer
 from laif_jax.stages import dpo, sft
 from laif_jax.stages.artifact import Artifact, StageError
-from laif_jax.stages.context import Context, Services
+from laif_jax.stages.context import Services, StudyContext
 from laif_jax.studies.graph import Node, execute
 from laif_jax.studies.laif import build
 from laif_jax.studies.run import study_folder
@@ -31,7 +31,7 @@ def inspect_stage(config_path: str, overrides: Sequence[str], stage: str, count:
     config = load_config(config_path, overrides)
     root = study_folder(config)
     with Services(config, root) as services:
-        ctx = Context(config=config, root=root, seed=config.seed, services=services)
+        ctx = StudyContext(config=config, root=root, seed=config.seed, services=services)
         node = _training_node(ctx, stage)
         # Training reads a base model or policy too, but batches need its tokenizer alone.
         wanted = {name: source for name, source in node.inputs.items() if name not in ("base", "model")}
@@ -60,7 +60,7 @@ def inspect_stage(config_path: str, overrides: Sequence[str], stage: str, count:
 
 
 def _batches(
-    ctx: Context, stage: str, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, Artifact]
+    ctx: StudyContext, stage: str, tokenizer: PreTrainedTokenizerBase, inputs: dict[str, Artifact]
 ) -> Batches:
     if stage == "dpo":
         return dpo.make_batches(ctx, tokenizer, inputs["labels"])[0]
@@ -68,7 +68,7 @@ def _batches(
     return sft.make_batches(ctx, tokenizer, inputs["prompts"], inputs["teacher"], share)
 
 
-def _training_node(ctx: Context, stage: str) -> Node:
+def _training_node(ctx: StudyContext, stage: str) -> Node:
     """The first arm's SFT, or the first DPO."""
     chains = build(ctx).training
     if stage == "sft":

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from laif_jax.config import ArmSpec, SamplingSpec, StudyConfig, expand_arms
 from laif_jax.stages import agreement, base, dpo, evaluate, label, prompts, sample, sft, teach
 from laif_jax.stages.artifact import Artifact
-from laif_jax.stages.context import Context
+from laif_jax.stages.context import StudyContext
 from laif_jax.stages.split import sft_count
 from laif_jax.studies.graph import Node
 
@@ -29,7 +29,7 @@ class Replicate:
     agreement: Node | None
 
 
-def build(ctx: Context) -> Replicate:
+def build(ctx: StudyContext) -> Replicate:
     """The graph of one replicate. Nothing is run."""
     return _Builder(ctx).replicate()
 
@@ -38,7 +38,7 @@ class _Builder:
     """Makes nodes; each `functools.cache`d method returns the same node for the same arguments, which is what makes
     prefixes shared."""
 
-    def __init__(self, ctx: Context):
+    def __init__(self, ctx: StudyContext):
         self.ctx = ctx
         self.config: StudyConfig = ctx.config
         self.arms = expand_arms(ctx.config)

@@ -13,7 +13,7 @@ from laif_jax.parallel import distributed
 from laif_jax.parallel.mesh import make_mesh
 from laif_jax.records import write_json
 from laif_jax.stages.artifact import StageError
-from laif_jax.stages.context import Context, Services
+from laif_jax.stages.context import Services, StudyContext
 from laif_jax.studies.graph import Node, Outcome, execute
 from laif_jax.studies.laif import Replicate, build
 from laif_jax.studies.report import print_results, write_report
@@ -48,7 +48,7 @@ def run_study(config_path: str, overrides: Sequence[str] = ()) -> int:
 
     with Services(config, root) as services:
         replicates = [
-            build(Context(config=config, root=root, seed=config.seed + index, services=services))
+            build(StudyContext(config=config, root=root, seed=config.seed + index, services=services))
             for index in range(config.seeds)
         ]
         outcomes = execute(_targets(replicates), on_progress=_log_progress)

@@ -8,7 +8,7 @@ from etils import epath
 
 from laif_jax.config import expand_arms
 from laif_jax.stages.artifact import Artifact
-from laif_jax.stages.context import Context
+from laif_jax.stages.context import StudyContext
 from laif_jax.studies import laif
 from laif_jax.studies.graph import Node, ordered
 from tests.studies import tiny
@@ -26,7 +26,7 @@ def tuned(name: str, **rest: Any) -> dict[str, Any]:
 
 def graph(tmp_path, **changes: Any) -> laif.Replicate:
     config = tiny.config(tmp_path, **{"questions": [], **changes})
-    return laif.build(Context(config, epath.Path(tmp_path), 0, cast(Any, types.SimpleNamespace())))
+    return laif.build(StudyContext(config, epath.Path(tmp_path), 0, cast(Any, types.SimpleNamespace())))
 
 
 def names(replicate: laif.Replicate) -> list[str]:

@@ -12,7 +12,7 @@ from laif_jax.config import StudyConfig
 from laif_jax.evaluation.winrate import win_rate
 from laif_jax.records import write_jsonl
 from laif_jax.stages.artifact import Artifact
-from laif_jax.stages.context import Context
+from laif_jax.stages.context import StudyContext
 from laif_jax.studies import laif
 from laif_jax.studies.graph import Node, Outcome, ordered
 from laif_jax.studies.results import _twins, collect, describe, questions
@@ -68,7 +68,7 @@ def study(tmp_path):
     """(config, replicates, outcomes) of a study in which everything finished."""
     config = tiny.config(tmp_path, seeds=2)
     services = cast(Any, types.SimpleNamespace())
-    replicates = [laif.build(Context(config, epath.Path(tmp_path), seed, services)) for seed in (0, 1)]
+    replicates = [laif.build(StudyContext(config, epath.Path(tmp_path), seed, services)) for seed in (0, 1)]
     outcomes = {}
     for replicate in replicates:
         trained = {node for chain in replicate.training.values() for node in chain}
