@@ -1,6 +1,7 @@
 """Each stage on its own: what its key depends on, and what it makes of known inputs."""
 
 import dataclasses
+import functools
 import json
 import random
 import shutil
@@ -392,6 +393,41 @@ def test_no_sample_is_dropped_and_the_batch_size_changes_nothing(make, tmp_path)
     assert made.metrics["response_length/clip_ratio"] == np.mean(
         [row.finish_reason == "length" for row in rows]
     )
+
+
+def test_sampling_that_was_cut_short_goes_on_behind_what_it_has(make, tmp_path, monkeypatch):
+    study = tiny.copy_of_finished(tmp_path)
+    before = finished_stage(study, "sample", generator="SFT weak")
+    rows = sample.read(before)
+    shutil.rmtree(before.path)
+    ctx = dataclasses.replace(make(tmp_path, evaluation__sampling__batch_size=6), root=epath.Path(study))
+    model = finished_stage(study, "sft", share=0.25)
+    monkeypatch.setattr(sample, "PART", 1)
+    calls = []
+
+    def generate(*arguments, fail_at=None, **options):
+        if len(calls) == fail_at:
+            raise OSError("the machine was taken away")
+        calls.append(list(options["indices"]))
+        return actual(*arguments, **options)
+
+    actual = sample.generate
+
+    def run():
+        return sample.run(
+            ctx, prompts.run(ctx), model, generator="SFT weak", split="eval",
+            spec=ctx.config.evaluation.sampling, max_prompt_length=24,
+        )  # fmt: skip
+
+    monkeypatch.setattr(sample, "generate", functools.partial(generate, fail_at=2))
+    with pytest.raises(StageError, match="taken away"):
+        run()
+    monkeypatch.setattr(sample, "generate", generate)
+    made = run()
+    assert [calls[0][0], calls[-1][-1]] == [0, 15]
+    assert sum(map(len, calls)) == 16, "nothing was drawn twice"
+    assert sample.read(made) == rows
+    assert not (made.path / "parts").exists()
 
 
 def test_a_share_that_leaves_no_prompts_to_sample_for_is_named(make, tmp_path):
