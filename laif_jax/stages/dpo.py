@@ -5,6 +5,7 @@ from typing import Any
 from etils import epath
 from transformers import PreTrainedTokenizerBase
 
+from laif_jax.config import DpoSpec
 from laif_jax.data.chat import encode_pair
 from laif_jax.data.pipeline import Batches, preference_batches
 from laif_jax.stages import fit, label
@@ -14,16 +15,31 @@ from laif_jax.stages.context import StudyContext
 from laif_jax.training.tasks import preference_task
 
 
-def run(ctx: StudyContext, policy: Artifact, labels: Artifact) -> Artifact:
-    """Trains the SFT policy, which is also the reference, on its preferences and writes `model/`."""
-    spec = ctx.config.dpo
-    if spec is None:
-        raise StageError("the configuration has no section `dpo`")
+def run(
+    ctx: StudyContext,
+    policy: Artifact,
+    labels: Artifact,
+    *,
+    reference: Artifact | None = None,
+    spec: DpoSpec | None = None,
+) -> Artifact:
+    """Trains a policy on preferences and writes `model/`.
+
+    Args:
+      policy: the model that training starts from. reference: None: the policy as it starts.
+      labels: of the stage `label`, `human` or `pool`.
+      spec: None: the study's section `dpo`.
+    """
+    spec = _spec(ctx, spec)
     settings = {"model": model_settings(ctx), "dpo": spec.resolved(), "seed": ctx.seed}
+    elsewhere = reference is not None and reference.key != policy.key
+    inputs = {"policy": policy, "labels": labels}
+    if elsewhere:
+        inputs["reference"] = reference
 
     def work(folder: epath.Path) -> dict[str, Any]:
         model = fit.load(ctx, model_folder(policy))
-        batches, pairs = make_batches(ctx, model.tokenizer, labels)
+        batches, pairs = make_batches(ctx, model.tokenizer, labels, spec)
         shown = [preference.prompt for preference in label.read_preferences(labels)[: fit.SHOWN]]
         return fit.fit(
             ctx,
@@ -34,19 +50,19 @@ def run(ctx: StudyContext, policy: Artifact, labels: Artifact) -> Artifact:
             spec,
             batches,
             pairs=pairs,
+            reference_folder=model_folder(inputs["reference"]) if elsewhere else None,
             shown=shown,
             sampling=ctx.config.sampling,
         )
 
-    return run_stage("dpo", settings, {"policy": policy, "labels": labels}, ctx.root, work)
+    return run_stage("dpo", settings, inputs, ctx.root, work)
 
 
 def make_batches(
-    ctx: StudyContext, tokenizer: PreTrainedTokenizerBase, labels: Artifact
+    ctx: StudyContext, tokenizer: PreTrainedTokenizerBase, labels: Artifact, spec: DpoSpec | None = None
 ) -> tuple[Batches, int]:
     """(the batches of the whole run, how many pairs there are)."""
-    spec = ctx.config.dpo
-    assert spec is not None
+    spec = _spec(ctx, spec)
     encoded = [
         encode_pair(
             tokenizer,
@@ -62,3 +78,10 @@ def make_batches(
         for preference in label.read_preferences(labels)
     ]
     return preference_batches(encoded, **fit.batch_options(ctx, spec, tokenizer)), len(encoded)
+
+
+def _spec(ctx: StudyContext, spec: DpoSpec | None) -> DpoSpec:
+    spec = spec or ctx.config.dpo
+    if spec is None:
+        raise StageError("the configuration has no section `dpo`")
+    return spec

@@ -21,7 +21,7 @@ from laif_jax.stages.context import Context
 from laif_jax.stages.table import SampleTable
 from laif_jax.training.loop import train
 from laif_jax.training.optim import make_optimizer, optimizer_hyper
-from laif_jax.training.reference import reference_logps
+from laif_jax.training.reference import ReferenceLogps, reference_logps
 from laif_jax.training.state import TrainState, create_state
 
 MODEL = "model"
@@ -70,6 +70,7 @@ def fit(
     batches: Batches,
     *,
     pairs: int | None = None,
+    reference_folder: epath.Path | None = None,
     shown: Sequence[Prompt] = (),
     sampling: SamplingSpec | None = None,
 ) -> dict[str, Any]:
@@ -78,6 +79,7 @@ def fit(
     Args:
       make_task: `sft_task` or `preference_task`. pairs: of a preference data set: its number of pairs; their reference
         log-probs are then computed once, by the model as it starts, and kept in `folder/reference-*.npz`.
+      reference_folder: of another model, which then is the reference.
       shown: prompts whose completions are sampled, as `sampling` says, every `spec.sample_every` steps, into
         `folder/train/samples.jsonl`.
 
@@ -90,20 +92,15 @@ def fit(
         model.cfg, spec, dtype=options.dtype, remat=options.remat, chunk=options.logprob_chunk, **more
     )
     optimizer = make_optimizer(spec.optimizer)
-    state = _state(ctx, model, optimizer)
     reference = None
-    if pairs is not None and task.has_reference:
-        reference, state = reference_logps(
-            task,
-            state,
-            optimizer,
-            batches,
-            pairs,
-            mesh=ctx.mesh,
-            hyper=optimizer_hyper(spec.optimizer) | dict(task.numbers),
-            cache_dir=folder,
-            steps=min(batches.total_steps, batches.steps_per_epoch),
-        )
+    if pairs is not None and task.has_reference and reference_folder is not None:
+        task = dataclasses.replace(task, starts_at_reference=False)
+        # Before the policy's optimiser state is made: that and the reference never lie side by side.
+        other = _state(ctx, load(ctx, reference_folder), optimizer)
+        reference, _ = _reference(ctx, folder, task, other, optimizer, spec, batches, pairs)
+    state = _state(ctx, model, optimizer)
+    if pairs is not None and task.has_reference and reference is None:
+        reference, state = _reference(ctx, folder, task, state, optimizer, spec, batches, pairs)
     table = None
     if spec.sample_every and shown and sampling:
         table = SampleTable(ctx, model, shown, folder / "train" / "samples.jsonl", sampling)
@@ -135,6 +132,29 @@ def fit(
         "tokens_per_second_per_device": sorted(speeds)[len(speeds) // 2] if speeds else None,
         "examples": dataclasses.asdict(batches.report),
     }
+
+
+def _reference(
+    ctx: Context,
+    folder: epath.Path,
+    task: Any,
+    state: TrainState,
+    optimizer: Any,
+    spec: TrainSpec,
+    batches: Batches,
+    pairs: int,
+) -> tuple[ReferenceLogps, TrainState]:
+    return reference_logps(
+        task,
+        state,
+        optimizer,
+        batches,
+        pairs,
+        mesh=ctx.mesh,
+        hyper=optimizer_hyper(spec.optimizer) | dict(task.numbers),
+        cache_dir=folder,
+        steps=min(batches.total_steps, batches.steps_per_epoch),
+    )
 
 
 def _state(ctx: Context, model: Model, optimizer: Any) -> TrainState:

@@ -68,6 +68,7 @@ class PreferenceTask:
 
     Attributes:
       max_segments: S, a bound on the segments of a row; 1 without packing.
+      starts_at_reference: the policy in training is the reference before the first update, which is then checked.
     """
 
     cfg: ModelConfig
@@ -77,6 +78,7 @@ class PreferenceTask:
     chunk: int
     max_segments: int
     numbers: Mapping[str, float] = field(default_factory=dict, compare=False, repr=False)
+    starts_at_reference: bool = field(default=True, compare=False, repr=False)
 
     def sequence_logps(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
         """Log-probs and counts of the supervised tokens of each pair: (chosen, rejected, |chosen|, |rejected|), [N]."""
@@ -142,7 +144,7 @@ class PreferenceTask:
         Raises:
           FirstStepError: it is not.
         """
-        if not self.has_reference:
+        if not (self.has_reference and self.starts_at_reference):
             return
         for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
             if metrics[name] != 0.0:
