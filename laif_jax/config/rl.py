@@ -284,6 +284,10 @@ class RejectionSpec(Spec):
 class IterateSpec(Spec):
     """Rounds of: sample from the current policy, ask for preferences, train, evaluate.
 
+    All rounds together have the budget of one: each asks about prompts of its own, and `dpo.steps` or `ppo.iterations`
+    are divided over the rounds (`dpo.epochs` are passes over a round's own labels). So an arm of several rounds and an
+    arm of one, in one study, differ in when they ask, not in how much.
+
     Attributes:
       rounds: how many. prompts_per_round: None: the prompts that are left are divided evenly.
       reference: of DPO, and of PPO's KL: "initial": the SFT policy; "previous": the policy that the round started from.
@@ -304,3 +308,6 @@ class IterateSpec(Spec):
     max_cost: float | None = Field(default=None, gt=0)
     labels: Literal["critic", "human"] = "critic"
     evaluate: bool = True
+
+    def unused(self) -> dict[str, tuple[str, str]]:
+        return {} if self.labels == "critic" else {"max_cost": ("`labels: human`", "`labels: critic`")}

@@ -20,6 +20,8 @@ from laif_jax.stages.context import Context
 from laif_jax.stages.progress import job_lines
 from laif_jax.stages.usage import usage_of
 
+PREFERENCES = "preferences.jsonl.gz"
+
 
 def run(
     ctx: Context, prompts: Artifact, samples: Artifact, teacher: Artifact | None, *, critic: str
@@ -51,7 +53,7 @@ def run(
                 f"critic `{critic}` preferred nothing in {len(comparisons)} comparisons: {counts}. What it said in "
                 f"each order is in {folder / 'single_order_judgements.jsonl.gz'}; take another critic or endpoint"
             )
-        write_jsonl(folder / "preferences.jsonl.gz", preferences)
+        write_jsonl(folder / PREFERENCES, preferences)
         return {
             "comparisons": len(comparisons),
             "preferences": len(preferences),
@@ -65,7 +67,7 @@ def run(
 
 def read_preferences(artifact: Artifact) -> list[Preference]:
     """The preferences, in the order of the prompts."""
-    return [Preference.from_row(row) for row in read_jsonl(artifact.path / "preferences.jsonl.gz")]
+    return [Preference.from_row(row) for row in read_jsonl(artifact.path / PREFERENCES)]
 
 
 def judge(ctx: Context, spec: CriticSpec, comparisons: list[Comparison]) -> list[Judgement]:
