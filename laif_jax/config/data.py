@@ -1,8 +1,8 @@
 """Schemas of where prompts and pairs come from."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from laif_jax.config.base import Positive, Spec
 
@@ -77,9 +77,10 @@ class PairSource(Spec):
       a, b: the columns of the two responses.
       label: the column that says which is better; None: `a` is (a file of `chosen` and `rejected`).
       label_kind: "probability": that `b` is better; "winner": 1 = a, 2 = b, 0 = tie, and a list of them is averaged.
-      margin: a column with how much better it is, for `reward.margin`. group: a column whose values the report is
-        broken down by, such as the opponent's name.
-      limit: rows taken from the start, after shuffling prompts with the seed.
+      margin: a column with how much better it is, for `reward.margin`.
+      group: columns whose values the report is broken down by, such as the opponent's name; one name or a list.
+      limit: rows to take. Prompts are shuffled with the seed; one row of each is taken, then a second of each, and so
+        on, so that few rows still hold many prompts.
     """
 
     kind: Literal["jsonl", "parquet", "arrayrecord", "hf"] = "jsonl"
@@ -91,8 +92,13 @@ class PairSource(Spec):
     label: str | None = "p_b"
     label_kind: Literal["probability", "winner"] = "probability"
     margin: str | None = None
-    group: str | None = None
+    group: tuple[str, ...] = ()
     limit: Positive | None = None
+
+    @field_validator("group", mode="before")
+    @classmethod
+    def _one_group(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _check(self) -> "PairSource":

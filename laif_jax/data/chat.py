@@ -63,12 +63,13 @@ class Encoded:
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
     """Two answers to one prompt, which is the same tokens in both. p_chosen: probability that `chosen` is the better
-    one. weight: of the pair in the loss."""
+    one. weight: of the pair in the loss. margin: how much better, for reward models."""
 
     chosen: Encoded
     rejected: Encoded
     p_chosen: float = 1.0
     weight: float = 1.0
+    margin: float = 1.0
 
 
 @dataclass(frozen=True)

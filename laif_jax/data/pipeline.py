@@ -7,7 +7,7 @@ state to save is the number of the next step. Shuffling, prefetching and iterati
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -221,6 +221,7 @@ def preference_batches(
     shuffle: bool = True,
     ref_chosen: np.ndarray | None = None,
     ref_rejected: np.ndarray | None = None,
+    columns: Mapping[str, np.ndarray] | None = None,
     max_segments: int | None = None,
     row_multiple: int = 1,
     process_index: int = 0,
@@ -238,6 +239,7 @@ def preference_batches(
 
     Args:
       ref_chosen, ref_rejected: float [len(pairs)], the reference's summed log-probs; None: zeros.
+      columns: further tables, one row per pair given: [len(pairs), ...] becomes float32 [A, N, ...], 0 at padding.
       others: as `sft_batches`. `shuffle=False, epochs=1` visits every usable pair once.
 
     Raises: as `sft_batches`.
@@ -256,7 +258,8 @@ def preference_batches(
     )
     table = TokenTable([side for i in keep for side in (pairs[i].chosen, pairs[i].rejected)])
     _check_lengths(table, layout, keep, sides=2)
-    columns = {
+    extra = {name: _column(name, values, len(pairs), keep) for name, values in (columns or {}).items()}
+    table_columns = extra | {
         "p_chosen": np.asarray([pairs[i].p_chosen for i in keep], np.float32),
         "weight": np.asarray([pairs[i].weight for i in keep], np.float32),
         "ref_chosen": _reference(ref_chosen, len(pairs), keep),
@@ -278,13 +281,20 @@ def preference_batches(
             report=report,
             flags=flags(sides),
             fingerprint=_fingerprint(
-                table, layout, batch_size, packing, seed, shuffle, p=columns["p_chosen"].tolist()
+                table,
+                layout,
+                batch_size,
+                packing,
+                seed,
+                shuffle,
+                p=table_columns["p_chosen"].tolist(),
+                **{name: values.tolist() for name, values in extra.items()},
             ),
             table=table,
             schedule=Schedule(plan, epochs, steps, None if packing else math.ceil(len(keep) / batch_size)),
             host=Host(process_index, process_count),
             pad_id=pad_id,
-            columns=columns,
+            columns=table_columns,
         )
     )
 
@@ -338,7 +348,7 @@ class _PairSteps:
         columns["rejected"] = plan.flat[2 * pair + 1].astype(np.int32)
         for name, values in columns.items():
             padding = -1 if name == "pair_index" else 0
-            whole = np.full((layout.micro_batches, layout.pairs), padding, values.dtype)
+            whole = np.full((layout.micro_batches, layout.pairs, *values.shape[1:]), padding, values.dtype)
             whole[micro, slot] = values
             batch[name] = whole[:, self.host.slice(layout.pairs)]
         return batch
@@ -370,6 +380,12 @@ def _reference(values: np.ndarray | None, n: int, keep: Sequence[int]) -> np.nda
         raise ValueError(
             f"reference log-probs have shape {np.shape(values)}, expected ({n},), one per pair given"
         )
+    return np.asarray(values, np.float32)[np.asarray(keep)]
+
+
+def _column(name: str, values: np.ndarray, n: int, keep: Sequence[int]) -> np.ndarray:
+    if len(values) != n:
+        raise ValueError(f"the column `{name}` has {len(values)} rows, expected {n}, one per pair given")
     return np.asarray(values, np.float32)[np.asarray(keep)]
 
 

@@ -127,12 +127,12 @@ def _from_world(source: PromptSource, seed: int, symbols: SymbolsSpec | None) ->
 
 def _to_row(place: str, row: Mapping[str, Any], source: PromptSource) -> SourceRow | None:
     """The row's prompt and completions; None if the prompt is empty."""
-    value = _column(place, row, source.prompt, "prompt")
+    value = read_column(place, row, source.prompt, "prompt")
     completions: dict[str, str] = {}
     if value is None or isinstance(value, str):
         messages = [Message(role="user", content=value)] if value and value.strip() else []
     else:
-        messages = _messages(place, source.prompt, value)
+        messages = read_messages(place, source.prompt, value)
         if messages and messages[-1].role == "assistant":  # a whole dialogue: its last answer is a completion
             completions[source.prompt] = messages.pop().content
         if not any(message.role == "user" and message.content.strip() for message in messages):
@@ -140,15 +140,16 @@ def _to_row(place: str, row: Mapping[str, Any], source: PromptSource) -> SourceR
     if not messages:
         return None
     if source.completions is not None:
-        column = _column(place, row, source.completions, "completions")
+        column = read_column(place, row, source.completions, "completions")
         completions |= _completions(place, source.completions, column)
     used = {source.prompt, source.completions}
-    meta = {str(key): _plain(value) for key, value in row.items() if key not in used}
+    meta = {str(key): plain_value(value) for key, value in row.items() if key not in used}
     prompt = Prompt(messages=tuple(messages), source=source.path or "", split=source.split, meta=meta)
     return SourceRow(prompt, completions)
 
 
-def _column(place: str, row: Mapping[str, Any], name: str, option: str) -> Any:
+def read_column(place: str, row: Mapping[str, Any], name: str, option: str) -> Any:
+    """The value of a column, which `option` of the data source names. Raises DataError if there is none."""
     if name in row:
         return row[name]
     columns = [str(key) for key in row]
@@ -160,7 +161,7 @@ def _column(place: str, row: Mapping[str, Any], name: str, option: str) -> Any:
     )
 
 
-def _messages(place: str, column: str, value: Any) -> list[Message]:
+def read_messages(place: str, column: str, value: Any) -> list[Message]:
     """A list of {role, content} (or {from, value}) objects."""
     if not isinstance(value, Sequence):
         raise DataError(
@@ -205,12 +206,12 @@ def _completions(place: str, column: str, value: Any) -> dict[str, str]:
     return {str(name): text for name, text in value.items() if text and text.strip()}
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """A column's value as JSON."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): plain_value(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [plain_value(inner) for inner in value]
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, bytes):
