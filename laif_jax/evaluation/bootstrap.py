@@ -11,6 +11,7 @@ seeds matter most. So the seeds' effects are first freed of prompt noise (analys
 Student's t asks for that few; with that, the interval held a planted truth 89 to 97 times in 100 for 2 to 5 seeds.
 """
 
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -143,17 +144,30 @@ def _resampled_means(
     return np.concatenate(means)
 
 
-def bootstrap_interval(values: ArrayLike, *, samples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95% percentile interval of the mean of `values` [N] (NaN dropped), rows being independent.
+def bootstrap_interval(
+    values: ArrayLike, *, clusters: Sequence[Hashable] | None = None, samples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95% percentile interval of the mean of `values` [N] (NaN dropped).
+
+    Args:
+      clusters: what each row belongs to, such as its prompt: whole clusters are resampled, since the rows of one are
+        alike. None: rows are independent.
 
     Returns:
       (low, high); (nan, nan) if there are no values.
     """
-    kept = np.asarray(values, dtype=np.float64).ravel()
-    kept = kept[~np.isnan(kept)]
+    array = np.asarray(values, dtype=np.float64).ravel()
+    known = ~np.isnan(array)
+    kept = array[known]
     if not kept.size:
         return float("nan"), float("nan")
+    totals, counts = kept, np.ones(kept.size)
+    if clusters is not None:
+        places: dict[Hashable, int] = {}
+        index = np.array([places.setdefault(name, len(places)) for name in clusters])[known]
+        totals, counts = (np.bincount(index, weights) for weights in (kept, np.ones(kept.size)))
+        totals, counts = totals[counts > 0], counts[counts > 0]
     rng = np.random.default_rng(seed)
-    draws = _resampled_means(kept, np.ones(kept.size), samples, rng)
+    draws = _resampled_means(totals, counts, samples, rng)
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)
