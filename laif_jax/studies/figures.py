@@ -1,8 +1,6 @@
 """The report's figures, as inline SVG that follows the page's light or dark colours and needs nothing from outside."""
 
-import io
 import itertools
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,45 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from laif_jax.studies.svg import FG, LAIF, MUTED, PAGE, PALETTE, SFT, STYLE, short, svg, thin, wrap
 from laif_jax.studies.table import is_laif
-
-# Colours that stand for the page's CSS variables: matplotlib draws these, `_svg` puts the variables in.
-_VARIABLES = {
-    "#010101": "var(--fg)",
-    "#020202": "var(--muted)",
-    "#030303": "var(--grid)",
-    "#040404": "var(--sft)",
-    "#050505": "var(--laif)",
-    "#060606": "var(--page)",
-}
-FG, MUTED, GRID, SFT, LAIF, PAGE = _VARIABLES
-# Told apart on white and on near-black, and by most colour-blind readers.
-PALETTE = ("#4c8fd6", "#e07b39", "#2fa36b", "#c7569b", "#9a7bd1", "#b8860b", "#2aa5b5", "#d1495b")
-MAX_POINTS = 300  # per line; longer curves are averaged in bins
-
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: small, searchable, in the page's font
-    "svg.hashsalt": "laif",  # the same data gives the same bytes
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.parse_math": False,  # a `$` in an arm's name is a `$`
-    "text.color": FG,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": FG,
-    "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": FG,
-    "ytick.labelcolor": FG,
-    "legend.frameon": False,
-}
-
 
 # ---- the arms --------------------------------------------------------------------------------------------------
 
@@ -65,7 +26,7 @@ def arms_figure(results: Mapping[str, Any]) -> str:
     order = groups[0] + groups[1]
     gap = 0.6 if all(groups) else 0.0  # between the two groups
     x = np.array([i + gap * (name in groups[1]) for i, name in enumerate(order)])
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         width = max(5.0, min(12.0, 1.5 + 1.25 * len(order)))
         room = int(12 * (width - 1) / (len(order) + gap))  # characters under a bar, at about 12 an inch
         figure = Figure(figsize=(width, 4.2), layout="constrained")
@@ -82,7 +43,7 @@ def arms_figure(results: Mapping[str, Any]) -> str:
                 textcoords="offset points", ha="center", va="bottom", color=FG, fontweight="bold",
             )  # fmt: skip
         axes.axhline(50, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
-        axes.set_xticks(x, [_wrap(_short(name, 60), room) for name in order])
+        axes.set_xticks(x, [wrap(short(name, 60), room) for name in order])
         axes.tick_params(axis="x", length=0)
         axes.grid(visible=False, axis="x")
         ceiling = max([50.0, *(h + e for h, e in zip(heights, errors)), *top.values()])
@@ -92,7 +53,7 @@ def arms_figure(results: Mapping[str, Any]) -> str:
         if all(groups):
             handles = [Patch(color=SFT, label="SFT"), Patch(color=LAIF, label="LAIF")]
             figure.legend(handles=handles, loc="outside upper left", ncols=2)
-        return _svg(figure, "arms", "Bar chart of the arms' win rates with standard errors")
+        return svg(figure, "arms", "Bar chart of the arms' win rates with standard errors")
 
 
 def _seed_dots(axes: Axes, x: np.ndarray, arms: Sequence[Mapping[str, Any]]) -> dict[float, float]:
@@ -122,7 +83,7 @@ def comparisons_figure(rows: Sequence[Mapping[str, Any]]) -> str:
     """Differences with 95% intervals, one line each, zero marked. '' if there are none."""
     if not rows:
         return ""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.0, 0.9 + 0.36 * len(rows)), layout="constrained")
         axes = figure.subplots()
         for y, row in enumerate(rows):
@@ -135,12 +96,12 @@ def comparisons_figure(rows: Sequence[Mapping[str, Any]]) -> str:
                 row["delta"], y, "o", color=FG if decided else PAGE, markeredgecolor=FG if decided else MUTED
             )
         axes.axvline(0, color=FG, linewidth=1)
-        axes.set_yticks(range(len(rows)), [f"{_short(row['a'])} − {_short(row['b'])}" for row in rows])
+        axes.set_yticks(range(len(rows)), [f"{short(row['a'])} − {short(row['b'])}" for row in rows])
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlabel("difference of win rates, points (95% interval)")
-        return _svg(figure, "comparisons", "Differences between arms with 95% intervals")
+        return svg(figure, "comparisons", "Differences between arms with 95% intervals")
 
 
 # ---- training curves -------------------------------------------------------------------------------------------
@@ -172,7 +133,7 @@ def curves_figure(curves: Mapping[str, Any]) -> str:
     ]
     if not panels:
         return ""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         columns = min(2, len(panels))
         rows = -(-len(panels) // columns)
         figure = Figure(figsize=(9.0, 2.7 * rows + 0.5), layout="constrained")
@@ -181,20 +142,18 @@ def curves_figure(curves: Mapping[str, Any]) -> str:
         for axes, (stage, metric, title) in zip(grid, panels):
             for arm, kind, data in lines:
                 if kind == stage and metric in data:
-                    line = axes.plot(
-                        *_thin(data["step"], data[metric]), color=colors[arm], lw=0.9, alpha=0.85
-                    )
+                    line = axes.plot(*thin(data["step"], data[metric]), color=colors[arm], lw=0.9, alpha=0.85)
                     drawn.setdefault(arm, line[0])
             axes.set_title(title, loc="left")
             axes.set_xlabel("optimiser step")
         for axes in grid[len(panels) :]:
             axes.set_visible(False)
         names = [name for name in arms if name in drawn]
-        handles, labels = [drawn[name] for name in names], [_short(name) for name in names]
+        handles, labels = [drawn[name] for name in names], [short(name) for name in names]
         legend = figure.legend(handles, labels, loc="outside upper left", ncols=min(3, len(names)))
         for handle in legend.get_lines():
             handle.set(linewidth=3, alpha=1)
-        return _svg(figure, "curves", "Training curves per arm")
+        return svg(figure, "curves", "Training curves per arm")
 
 
 def _lines(curves: Mapping[str, Any]) -> Iterable[tuple[str, str, Mapping[str, Any]]]:
@@ -214,57 +173,6 @@ def _stage_panels(lines: Iterable[tuple[str, str, Any]]) -> dict[str, tuple[tupl
     kinds = dict.fromkeys(kind for _, kind, _ in lines)
     order = [kind for kind in _PANELS if kind in kinds] + [kind for kind in kinds if kind not in _PANELS]
     return {kind: _PANELS.get(kind, (("loss", f"{kind}: loss"),)) for kind in order}
-
-
-def _thin(steps: Sequence[Any], values: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values as arrays of at most MAX_POINTS, averaged in bins; what is not a number is left out."""
-    x = np.array([np.nan if step is None else step for step in steps], dtype=np.float64)
-    y = np.array([np.nan if value is None else value for value in values], dtype=np.float64)
-    kept = np.isfinite(x) & np.isfinite(y)
-    x, y = x[kept], y[kept]
-    if len(x) <= MAX_POINTS:
-        return x, y
-    bins = [np.array_split(array, MAX_POINTS) for array in (x, y)]
-    return np.array([part.mean() for part in bins[0]]), np.array([part.mean() for part in bins[1]])
-
-
-# ---- SVG -------------------------------------------------------------------------------------------------------
-
-
-def _svg(figure: Figure, name: str, label: str) -> str:
-    """The figure as an `<svg>` element for inlining: theme colours, ids made unique per figure, nothing external."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    width, height = (float(side) for side in re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)[0])
-    # Metadata names web addresses, and a <style> inside inline SVG would style the whole page.
-    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    text = re.sub(r"font-family: [^;\"<>]*", "font-family: inherit", text)
-    for color, variable in _VARIABLES.items():
-        text = text.replace(color, variable)
-    head = (
-        f'<svg class="figure" role="img" aria-label="{label}" viewBox="0 0 {width:g} {height:g}" '
-        f'style="max-width: {width * 4 / 3:.0f}px" xmlns="http://www.w3.org/2000/svg" '
-        'xmlns:xlink="http://www.w3.org/1999/xlink">'
-    )
-    return head + text[text.index(">") + 1 :]
-
-
-def _short(name: str, width: int = 32) -> str:
-    """A name of at most `width` characters."""
-    return name if len(name) <= width else name[: width - 1] + "…"
-
-
-def _wrap(name: str, width: int) -> str:
-    """Breaks a name over lines of at most `width` characters, after a space, `-`, `_`, `/` or `+` where it can."""
-    lines = [""]
-    for part in re.findall(rf"[^-_/+ ]{{0,{max(1, width - 1)}}}[-_/+ ]?", name):
-        if lines[-1] and len(lines[-1]) + len(part) > width:
-            lines.append("")
-        lines[-1] += part
-    return "\n".join(line.strip() for line in lines)
 
 
 def _known(value: Any) -> bool:

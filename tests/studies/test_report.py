@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from laif_jax.studies import figures, report
+from laif_jax.studies import figures, report, svg
 from laif_jax.studies.table import ranked_comparisons, results_table
 from tests.studies.fake import ARMS, fake_curves, fake_results, fake_samples
 
@@ -217,8 +217,8 @@ def test_durations(seconds, text):
 def test_curves_leave_out_what_is_not_a_number_and_thin_long_ones():
     steps = list(range(5000))
     values = [None if step % 7 == 0 else float("nan") if step % 11 == 0 else step for step in steps]
-    x, y = figures._thin(steps, values)
-    assert len(x) == len(y) == figures.MAX_POINTS
+    x, y = svg.thin(steps, values)
+    assert len(x) == len(y) == svg.MAX_POINTS
     assert x == pytest.approx(y)
     long = {"arm": {"0": {"stage": "sft", "step": steps, "loss": values}}}
     assert len(figures.curves_figure(long)) < 40_000
@@ -227,7 +227,7 @@ def test_curves_leave_out_what_is_not_a_number_and_thin_long_ones():
 
 @pytest.mark.parametrize("name", ["laif-weak-strong-gpt-3.5", "x" * 40, "a b", "-", "one_two/three+four"])
 def test_names_are_wrapped_not_changed(name):
-    lines = figures._wrap(name, 10).split("\n")
+    lines = svg.wrap(name, 10).split("\n")
     assert all(len(line) <= 10 for line in lines)
     assert "".join(lines).replace(" ", "") == name.replace(" ", "")
 
