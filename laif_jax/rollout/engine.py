@@ -2,7 +2,7 @@
 
 Three separate parts, so that a slot-based engine can reuse them: `prefill` fills the cache of a batch of prompts and
 draws each row's first token; `decode` takes up to `steps` more steps in one dispatch and stops early when every row is
-done; `_emit` draws from logits and records. All that a row is lives in `DecodeState` (its cache, position, count) and
+done; `emit` draws from logits and records. All that a row is lives in `DecodeState` (its cache, position, count) and
 `RowSettings` (its key, temperature, limit), both indexed by row, none by batch.
 
 A row's random numbers come from its own key and its own count of drawn tokens. So a row's result does not depend on the
@@ -89,7 +89,7 @@ class RowOutput:
 # ---- compiled functions ----------------------------------------------------------------------------------------
 
 
-def _emit(
+def emit(
     out: jax.Array, state: DecodeState, settings: RowSettings, eos_ids: jax.Array, top: int | None
 ) -> DecodeState:
     """Draws a token per living row from logits `out` [B, V] float32 and records it."""
@@ -167,7 +167,7 @@ def compiled(
             top_ids=jnp.zeros((batch, capacity, top), jnp.int32) if top else None,
             top_values=jnp.zeros((batch, capacity, top), jnp.float32) if top else None,
         )
-        return _emit(logits(params, cfg, hidden), state, settings, eos_ids, top)
+        return emit(logits(params, cfg, hidden), state, settings, eos_ids, top)
 
     def decode(
         params: Any,
@@ -185,7 +185,7 @@ def compiled(
         def step(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
             done, now = carry
             hidden, cache = decode_step(params, cfg, now.token, now.index, now.cache, dtype=dtype)
-            now = _emit(logits(params, cfg, hidden), now._replace(cache=cache), settings, eos_ids, top)
+            now = emit(logits(params, cfg, hidden), now._replace(cache=cache), settings, eos_ids, top)
             return done + 1, now
 
         state = state._replace(alive=state.alive & keep)
@@ -246,7 +246,7 @@ class Engine:
         self.max_length = min(max_length or cfg.max_position, cfg.max_position)
         params, self.mesh = place(params, mesh)
         with using(self.mesh):
-            self.params = _unstack(params, cfg, self.dtype)
+            self.params = unstack(params, cfg, self.dtype)
         self._key_width = jax.random.key_data(jax.random.key(0)).shape[-1]
 
     def seeded_key(self, seed: int, index: int) -> np.ndarray:
@@ -328,7 +328,7 @@ class Engine:
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "dtype"))
-def _unstack(params: Any, cfg: ModelConfig, dtype: Any) -> Any:
+def unstack(params: Any, cfg: ModelConfig, dtype: Any) -> Any:
     """Weights per layer, cast once to the compute dtype, which each use would cast them to. Norms compute in float32
     from the weights as they are, here as in training, so they are left alone."""
 
