@@ -7,6 +7,7 @@ from laif_jax.config.schema import LoraSpec
 from laif_jax.records.errors import LaifError
 
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_neox"]
+Head = Literal["lm", "score", "both"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
 
@@ -63,6 +64,8 @@ class ModelConfig:
       windows: per layer, how many of the last tokens a token sees, itself included; 0: all.
       ropes: the distinct rotary embeddings; rope_index: per layer, which of them it uses.
       initializer_range: standard deviation of new weights.
+      head: what reads the final hidden states: "lm": the vocabulary; "score": one scalar, and no `lm_head` (reward and
+        value models); "both": a language model with a scalar beside it (a value head on a policy's trunk).
       lora: low-rank adapters on some linear layers, or None.
     """
 
@@ -98,6 +101,7 @@ class ModelConfig:
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
     pad_id: int | None = None
+    head: Head = "lm"
     lora: LoraSpec | None = None
 
     def __post_init__(self) -> None:

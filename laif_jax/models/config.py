@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from laif_jax.config.schema import LoraSpec, ScratchSpec
-from laif_jax.models.arch import Family, ModelConfig, RopeConfig, UnsupportedModelError
+from laif_jax.models.arch import Family, Head, ModelConfig, RopeConfig, UnsupportedModelError
 from laif_jax.models.rope_config import read_ropes, write_ropes
 from laif_jax.models.specs import ParamSpec, param_specs
 
@@ -35,6 +35,10 @@ ARCHITECTURES: dict[Family, str] = {
     "gemma3_text": "Gemma3ForCausalLM",
     "gpt_neox": "GPTNeoXForCausalLM",
 }
+# With one scalar instead of a vocabulary head: `AutoModelForSequenceClassification` with one label.
+SCORE_ARCHITECTURES: dict[Family, str] = {
+    family: name.replace("ForCausalLM", "ForSequenceClassification") for family, name in ARCHITECTURES.items()
+} | {"gemma3_text": "Gemma3TextForSequenceClassification"}
 
 # What `transformers` assumes where config.json is silent (it leaves out values that equal its class's defaults).
 _COMMON: dict[str, Any] = {
@@ -151,12 +155,25 @@ def _family(hf: Mapping[str, Any]) -> Family:
             f"model_type {model_type!r} (architectures {hf.get('architectures')}) is not supported; "
             f"supported: {', '.join(ARCHITECTURES)}"
         )
-    names = hf.get("architectures") or [ARCHITECTURES[family]]
-    if ARCHITECTURES[family] not in names:
-        raise UnsupportedModelError(
-            f"architectures {names} is not a language model of type {family!r}; expected {ARCHITECTURES[family]}"
-        )
     return family
+
+
+def _head(hf: Mapping[str, Any], family: Family) -> Head:
+    """What the architecture reads off the hidden states: a vocabulary, or one scalar."""
+    names = hf.get("architectures") or [ARCHITECTURES[family]]
+    if ARCHITECTURES[family] in names:
+        return "lm"
+    if SCORE_ARCHITECTURES[family] not in names:
+        raise UnsupportedModelError(
+            f"architectures {names} is not a language model of type {family!r}; expected {ARCHITECTURES[family]}, or "
+            f"{SCORE_ARCHITECTURES[family]} of a reward model"
+        )
+    labels = hf.get("num_labels") or len(hf.get("id2label") or {}) or 2  # `transformers` assumes two
+    if labels != 1:
+        raise UnsupportedModelError(
+            f"{SCORE_ARCHITECTURES[family]} with {labels} labels: a reward model has one (`num_labels: 1`)"
+        )
+    return "score"
 
 
 def _fields(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -280,6 +297,7 @@ def from_hf(hf: Mapping[str, Any], *, lora: LoraSpec | None = None) -> ModelConf
         eos_ids=_ids(fields["eos_token_id"]),
         bos_id=_token_id(fields["bos_token_id"]),
         pad_id=_token_id(fields["pad_token_id"]),
+        head=_head(hf, family),
         lora=lora,
         **_family_traits(fields, family),
     )
@@ -325,11 +343,20 @@ def _family_traits(fields: dict[str, Any], family: Family) -> dict[str, Any]:
 
 
 def to_hf(cfg: ModelConfig) -> dict[str, Any]:
-    """The `config.json` that `transformers` loads; `from_hf` of it gives `cfg` back (without its LoRA)."""
+    """The `config.json` that `transformers` loads; `from_hf` of it gives `cfg` back (without its LoRA).
+
+    Raises:
+      ValueError: a model with both heads, which `transformers` does not have.
+    """
     family = cfg.family
+    if cfg.head == "both":
+        raise ValueError(
+            "a model with a vocabulary and a scalar head has no config.json: save the two apart "
+            "(laif_jax.models.reward.change_head)"
+        )
     activation = _ACTIVATION_NAMES[cfg.activation]
     hf: dict[str, Any] = {
-        "architectures": [ARCHITECTURES[family]],
+        "architectures": [(ARCHITECTURES if cfg.head == "lm" else SCORE_ARCHITECTURES)[family]],
         "model_type": family,
         "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.hidden_size,
@@ -344,6 +371,8 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
         "pad_token_id": cfg.pad_id,
         **write_ropes(cfg),
     }
+    if cfg.head == "score":
+        hf |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     if family == "gpt_neox":
         return hf | {
             "layer_norm_eps": cfg.norm_eps,

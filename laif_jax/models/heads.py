@@ -1,14 +1,15 @@
-"""Log-probabilities of tokens under the vocabulary head, in rematerialised chunks.
+"""What is read off the hidden states: log-probabilities of tokens in rematerialised chunks, and scalar scores.
 
-The head's logits are the largest array of a language model. Here they exist for one chunk of time at a time, in the
-forward and in the backward pass: no [R, T, V] array is ever made. Chunks cut the time axis, [R, t, V], so that rows
-stay sharded as they are.
+The vocabulary head's logits are the largest array of a language model. Here they exist for one chunk of time at a
+time, in the forward and in the backward pass: no [R, T, V] array is ever made. Chunks cut the time axis, [R, t, V], so
+that rows stay sharded as they are.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from laif_jax.models.arch import ModelConfig
 from laif_jax.models.decoder import Params, vocab_logits
@@ -27,15 +28,24 @@ class TokenStats(NamedTuple):
 
 
 def token_logps(
-    params: Params, cfg: ModelConfig, hidden: Array, tokens: Array, segment_ids: Array, *, chunk: int = 1024
+    params: Params,
+    cfg: ModelConfig,
+    hidden: Array,
+    tokens: Array,
+    segment_ids: Array,
+    *,
+    chunk: int = 1024,
+    temperature: Array | float = 1.0,
 ) -> Array:
     """log p(tokens[r, t] | earlier tokens of its segment), float32 [R, T]; 0.0 at first tokens and padding.
 
     Args:
       hidden: [R, T, D] from `hidden_states`. tokens, segment_ids: int32 [R, T].
       chunk: tokens (over all rows and devices) whose logits exist at a time.
+      temperature: > 0, may be traced; the logits are divided by it, as in sampling.
     """
-    return token_stats(params, cfg, hidden, tokens, segment_ids, chunk=chunk, logps_only=True).logps
+    options: dict[str, Any] = {"chunk": chunk, "temperature": temperature}
+    return token_stats(params, cfg, hidden, tokens, segment_ids, **options, logps_only=True).logps
 
 
 def token_stats(
@@ -46,6 +56,7 @@ def token_stats(
     segment_ids: Array,
     *,
     chunk: int = 1024,
+    temperature: Array | float = 1.0,
     logps_only: bool = False,
 ) -> TokenStats:
     """`token_logps` with entropy and accuracy from the same pass; with `logps_only` these two are zeros.
@@ -54,11 +65,15 @@ def token_stats(
     counts as correct.
     """
 
-    def run(params: Params, hidden: Array, tokens: Array, segment_ids: Array) -> TokenStats:
-        return _token_stats(params, cfg, hidden, tokens, segment_ids, chunk, logps_only)
+    def run(
+        params: Params, hidden: Array, tokens: Array, segment_ids: Array, temperature: Array
+    ) -> TokenStats:
+        return _token_stats(params, cfg, hidden, tokens, segment_ids, temperature, chunk, logps_only)
 
     head = {name: params[name] for name in (("embed",) if cfg.tie_embeddings else ("lm_head",))}
-    return compiler_partitioned(run, (head, hidden, tokens, segment_ids), lambda: spec_of(tokens))
+    temperature = jnp.asarray(temperature, jnp.float32)
+    args = (head, hidden, tokens, segment_ids, temperature)
+    return compiler_partitioned(run, args, lambda: spec_of(tokens))
 
 
 def _token_stats(
@@ -67,6 +82,7 @@ def _token_stats(
     hidden: Array,
     tokens: Array,
     segment_ids: Array,
+    temperature: Array,
     chunk: int,
     logps_only: bool,
 ) -> TokenStats:
@@ -77,14 +93,14 @@ def _token_stats(
     valid = jnp.pad(same, ((0, 0), (0, 1)))
 
     @jax.checkpoint
-    def one(params: Params, part: tuple[Array, Array, Array]) -> TokenStats:
-        return _stats(params, cfg, *part, logps_only)
+    def one(params: Params, temperature: Array, part: tuple[Array, Array, Array]) -> TokenStats:
+        return _stats(params, cfg, temperature, *part, logps_only)
 
     count = max(1, -(-rows * length // chunk))
     steps = -(-length // count)
     count = -(-length // steps)
     if count == 1:
-        stats = one(params, (hidden, targets, valid))
+        stats = one(params, temperature, (hidden, targets, valid))
     else:
         padding = count * steps - length
 
@@ -97,15 +113,21 @@ def _token_stats(
             return jnp.moveaxis(x, 0, 1).reshape(rows, count * steps)[:, :length]
 
         parts = (split(hidden), split(targets), split(valid))
-        stats = jax.tree.map(join, jax.lax.map(lambda part: one(params, part), parts))
+        stats = jax.tree.map(join, jax.lax.map(lambda part: one(params, temperature, part), parts))
     return jax.tree.map(lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0))), stats)
 
 
 def _stats(
-    params: Params, cfg: ModelConfig, hidden: Array, targets: Array, valid: Array, logps_only: bool
+    params: Params,
+    cfg: ModelConfig,
+    temperature: Array,
+    hidden: Array,
+    targets: Array,
+    valid: Array,
+    logps_only: bool,
 ) -> TokenStats:
     """Stats of one chunk; hidden [R, t, D], targets and valid [R, t]."""
-    scores = vocab_logits(params, cfg, hidden)  # float32 [R, t, V]
+    scores = vocab_logits(params, cfg, hidden) / temperature  # float32 [R, t, V]
     top = jax.lax.stop_gradient(scores.max(axis=-1))
     weights = jnp.exp(scores - top[..., None])
     total = weights.sum(axis=-1)
@@ -119,3 +141,47 @@ def _stats(
     entropy = log_total - jnp.sum(weights * scores, axis=-1) / total
     correct = (target >= top).astype(jnp.float32)
     return TokenStats(logps, jnp.where(valid, entropy, 0.0), jnp.where(valid, correct, 0.0))
+
+
+# ---- scalars ---------------------------------------------------------------------------------------------------
+
+
+def token_scores(params: Params, cfg: ModelConfig, hidden: Array) -> Array:
+    """The scalar head at every position, float32 [R, T]; computed in float32 whatever the dtype of `hidden`.
+
+    Args:
+      params: of a model with `cfg.head` "score" or "both". hidden: [R, T, D] from `hidden_states`.
+    """
+    del cfg  # every family's scalar head is one linear map without bias
+
+    def run(kernel: Array, hidden: Array) -> Array:
+        product = jnp.matmul(
+            hidden.astype(jnp.float32), kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+        )
+        return product[..., 0]
+
+    args = (params["score"]["kernel"], hidden)
+    return compiler_partitioned(run, args, lambda: PartitionSpec(*spec_of(hidden)[:-1]))
+
+
+def segment_scores(
+    params: Params, cfg: ModelConfig, hidden: Array, segment_ids: Array, max_segments: int
+) -> Array:
+    """The scalar at the last real token of each segment, found by the segment ids and never by a pad id.
+
+    Args:
+      hidden: [R, T, D]. segment_ids: int32 [R, T], 0 = padding, segments count from 1 and are contiguous.
+      max_segments: S, static, a bound on the segments of a row.
+
+    Returns:
+      float32 [R, S]; column s - 1 holds segment s, 0 where the row has no such segment.
+    """
+    scores = token_scores(params, cfg, hidden)
+
+    def run(scores: Array, segment_ids: Array) -> Array:
+        following = jnp.pad(segment_ids[:, 1:], ((0, 0), (0, 1)))
+        last = segment_ids != following  # at the end of a segment; of padding, too, which no column has
+        at = last[..., None] & (segment_ids[..., None] == jnp.arange(1, max_segments + 1))  # [R, T, S], fused
+        return jnp.sum(jnp.where(at, scores[..., None], 0.0), axis=1)
+
+    return compiler_partitioned(run, (scores, segment_ids), lambda: PartitionSpec(spec_of(scores)[0], None))

@@ -92,9 +92,10 @@ def merge_lora(params: Params, cfg: ModelConfig, *, dtype: Any = None) -> dict[s
 
 
 def trainable_mask(params: Params, cfg: ModelConfig) -> Any:
-    """The tree of `params` with True where the optimiser may write: the adapters alone if there are any, else all."""
+    """The tree of `params` with True where the optimiser may write: the adapters and the scalar head alone if there are
+    adapters, else all."""
 
     def trainable(path: tuple[Any, ...], _: Any) -> bool:
-        return cfg.lora is None or str(path[-1].key).startswith("lora_")
+        return cfg.lora is None or path[0].key == "score" or str(path[-1].key).startswith("lora_")
 
     return jax.tree_util.tree_map_with_path(trainable, params)

@@ -14,7 +14,7 @@ from etils import epath
 from transformers import PreTrainedTokenizerFast
 
 from laif_jax.models import fetch, names
-from laif_jax.models.arch import ModelConfig
+from laif_jax.models.arch import Head, ModelConfig
 from laif_jax.models.config import from_hf
 from laif_jax.models.gguf import GGUFFile
 from laif_jax.models.specs import param_specs
@@ -106,6 +106,7 @@ def load_model(
     mesh: jax.sharding.Mesh | None = None,
     shardings: Shardings = None,
     tokenizer: str | None = None,
+    head: Head = "lm",
 ) -> Model:
     """Loads a model, its weights straight into (sharded) arrays.
 
@@ -114,6 +115,7 @@ def load_model(
       mesh: parameters are sharded over it by the rules of `laif_jax.parallel`; or give
       shardings: a tree of shardings, or a function from the configuration to one. Neither: the default device.
       tokenizer: see `load_tokenizer`; None: the model's own.
+      head: what is wanted; a reward model ("score") is no language model ("lm"), and the other way round.
 
     Raises:
       WeightsError, UnsupportedModelError, TokenizerError, FetchError: each says what, where and what to do.
@@ -121,6 +123,11 @@ def load_model(
     path = resolve(source)
     file = GGUFFile(path) if path.endswith(".gguf") else None
     cfg = load_config(path) if file is None else file.config()
+    if cfg.head != head:
+        kinds = {"lm": "a language model", "score": "a reward model (a sequence classifier with one label)"}
+        raise WeightsError(
+            f"{source}: is {kinds[cfg.head]}, and {kinds[head]} is needed here. Check the path."
+        )
     if mesh is not None:
         from laif_jax.parallel.rules import param_shardings
 

@@ -52,6 +52,7 @@ _LLAMA = {
     "layers/mlp/down/bias": "model.layers.{l}.mlp.down_proj.bias",
     "final_norm/scale": "model.norm.weight",
     "lm_head/kernel": "lm_head.weight",
+    "score/kernel": "score.weight",
 }
 # Gemma 2 and 3 have four norms per block, and "post_attention_layernorm" is another one than Llama's.
 _GEMMA = _LLAMA | {
@@ -80,6 +81,7 @@ _NEOX = {
     "final_norm/scale": "gpt_neox.final_layer_norm.weight",
     "final_norm/bias": "gpt_neox.final_layer_norm.bias",
     "lm_head/kernel": "embed_out.weight",
+    "score/kernel": "score.weight",
 }
 _TABLES = {"gemma2": _GEMMA, "gemma3_text": _GEMMA, "gpt_neox": _NEOX}  # the others: _LLAMA
 _FUSED = {"q": 0, "k": 1, "v": 2}  # position in GPT-NeoX's query_key_value, interleaved per head
@@ -235,9 +237,10 @@ def canonical_names(cfg: ModelConfig, present: Iterable[str]) -> dict[str, str]:
     prefix = plans(cfg)["embed", "embedding"].names[0].split(".")[0] + "."
     bare = not any(name.startswith(prefix) for name in present)
     head = {_LLAMA["lm_head/kernel"], _NEOX["lm_head/kernel"]}
+    unprefixed = {*head, _LLAMA["score/kernel"]}
     found = {}
     for name in present:
-        full = prefix + name if bare and name not in head else name
+        full = prefix + name if bare and name not in unprefixed else name
         if full not in expected and (_HARMLESS.search(full) or (cfg.tie_embeddings and full in head)):
             continue
         found[full] = name

@@ -117,7 +117,14 @@ def param_specs(cfg: ModelConfig) -> Specs:
         "layers": _stack(block, cfg.num_layers),
         "final_norm": _norm(cfg, cfg.hidden_size, "embed"),
     }
-    if not cfg.tie_embeddings:
+    if cfg.head != "score" and not cfg.tie_embeddings:
         shape = (cfg.hidden_size, cfg.vocab_size)
         specs["lm_head"] = {"kernel": ParamSpec(shape, ("embed", "vocab"), "normal", cfg.initializer_range)}
+    if cfg.head != "lm":
+        # Stiennon et al. 2020: hidden states are of norm sqrt(D), so that fresh scores have a variance near 1.
+        specs["score"] = {
+            "kernel": ParamSpec(
+                (cfg.hidden_size, 1), ("embed", None), "normal", (cfg.hidden_size + 1) ** -0.5
+            )
+        }
     return specs

@@ -1,7 +1,9 @@
 """Tokenizers: of a model folder, a GGUF file, the Hub, or the synthetic world."""
 
+import copy
 import json
 import tempfile
+from collections.abc import Set
 from pathlib import Path
 
 from etils import epath
@@ -21,6 +23,7 @@ _SYMBOLS_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
+_PAD = "<|pad|>"
 # What a tokenizer may consist of, for folders that are not on this machine.
 _FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
@@ -111,6 +114,33 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerFast:
         raise TokenizerError(
             f"{source}: no such folder, and the Hub gave no tokenizer ({error}). Check the name and the network."
         ) from error
+
+
+def with_token(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[PreTrainedTokenizerFast, int]:
+    """(the tokenizer, the id of the token `text`); where it has no such token, a copy that has it, as a special one."""
+    if text in (vocab := tokenizer.get_vocab()):
+        return tokenizer, vocab[text]
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens([AddedToken(text, special=True, normalized=False)], special_tokens=True)
+    return tokenizer, tokenizer.get_vocab()[text]
+
+
+def with_pad(tokenizer: PreTrainedTokenizerFast, ends: Set[int]) -> tuple[PreTrainedTokenizerFast, int]:
+    """(the tokenizer, its padding token), where that occurs in no text; else a copy with a new one, `<|pad|>`.
+
+    `transformers` takes a sequence's last token that is not padding for its end, so padding must not be one of `ends`,
+    nor a token that the chat template writes.
+    """
+    pad, template = tokenizer.pad_token_id, str(tokenizer.chat_template or "")
+    if (
+        pad is not None
+        and pad not in {*ends, tokenizer.eos_token_id}
+        and str(tokenizer.pad_token) not in template
+    ):
+        return tokenizer, pad
+    tokenizer, pad = with_token(copy.deepcopy(tokenizer), _PAD)
+    tokenizer.pad_token = _PAD
+    return tokenizer, pad
 
 
 def save_tokenizer(directory: epath.PathLike, tokenizer: PreTrainedTokenizerFast) -> None:

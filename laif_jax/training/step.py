@@ -60,7 +60,9 @@ def make_train_step(
 
     Args:
       loss_fn: `(params, micro_batch, hyper) -> LossOut` of unreduced sums, or `(LossOut, outputs)` with a dict of
-        per-example arrays that are stacked over micro-batches and returned under `metrics["outputs"]`.
+        per-example arrays that are stacked over micro-batches and returned under `metrics["outputs"]`. Sums of shape
+        [K] train K models at once, an ensemble: each trainable leaf has a leading axis [K], each member's gradient is
+        divided by its own weight and clipped by its own norm, and metrics are means over members.
       optimizer: of `make_optimizer` (or any optax transformation of fixed learning rate).
       mesh: all shardings are on it.
       state_shardings: a TrainState of shardings. batch_shardings: one per array of the batch, [A, ...] each, A being
@@ -99,12 +101,13 @@ def _compiled_step(
         grads, sums, outputs = _accumulate(loss_fn, state, batch, hyper, shardings.trainable)
         total, weight, sums = sums
         scale = 1.0 / jnp.where(weight > 0, weight, 1.0)
-        grads = jax.tree.map(lambda g: g * scale, grads)
-        norm = optax.global_norm(grads)
+        grads = jax.tree.map(lambda g: g * _leading(scale, g), grads)
+        norm = _norms(grads) if total.ndim else optax.global_norm(grads)
         loss = total * scale
-        healthy = state.healthy & jnp.isfinite(loss) & jnp.isfinite(norm) & (weight > 0)
+        healthy = state.healthy & jnp.all(jnp.isfinite(loss) & jnp.isfinite(norm) & (weight > 0))
         clip = hyper.get("clip_norm", jnp.inf)
-        clipped = jax.tree.map(lambda g: g * jnp.where(norm > clip, clip / norm, 1.0), grads)
+        shrink = jnp.where(norm > clip, clip / norm, 1.0)
+        clipped = jax.tree.map(lambda g: g * _leading(shrink, g), grads)
         updates, opt_state = run.update(
             clipped,
             state.opt_state,
@@ -122,6 +125,9 @@ def _compiled_step(
             "learning_rate": hyper["learning_rate"],
             "weight": weight,
         }
+        metrics = {
+            name: jnp.mean(value) for name, value in metrics.items()
+        }  # over members, if there are several
         metrics["healthy"] = healthy.astype(jnp.float32)
         if "segment_ids" in batch:
             metrics["num_tokens"] = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
@@ -137,6 +143,16 @@ def _compiled_step(
     )
 
 
+def _leading(x: jax.Array, like: jax.Array) -> jax.Array:
+    """A scalar as it is; one number per member, [K], against the leading axis of `like`."""
+    return x.reshape(-1, *[1] * (like.ndim - 1)) if x.ndim else x
+
+
+def _norms(grads: Any) -> jax.Array:
+    """The gradient norm of each member of an ensemble, [K]."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(g), axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(grads)))
+
+
 def _accumulate(
     loss_fn: LossFn, state: TrainState, batch: Any, hyper: Any, shardings: Any
 ) -> tuple[Any, Any, Any]:
@@ -149,7 +165,7 @@ def _accumulate(
     def loss(trainable: Any, micro: Any) -> tuple[jax.Array, tuple[LossOut, dict[str, jax.Array]]]:
         out = loss_fn(merge(trainable, state.frozen), micro, hyper)
         out, outputs = (out, {}) if isinstance(out, LossOut) else out
-        return out.total, (out, outputs)
+        return jnp.sum(out.total), (out, outputs)  # members' parameters are apart, so gradients are their own
 
     def body(carry: Any, micro: Any) -> tuple[Any, dict[str, jax.Array]]:
         grads, sums = carry

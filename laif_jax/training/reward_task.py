@@ -1,0 +1,134 @@
+"""Training reward models on pairs: the task, ensembles, and columns that pairs have beside their tokens."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from laif_jax.config.rl import RewardSpec
+from laif_jax.models.config import ModelConfig
+from laif_jax.models.reward import reward_scores
+from laif_jax.objectives import LossOut
+from laif_jax.objectives.reward import reward_loss
+from laif_jax.parallel import constrain
+from laif_jax.training.tasks import Remat
+
+
+@dataclass(frozen=True)
+class RewardTask:
+    """The loss of a reward model, or of an ensemble; see `laif_jax.objectives.reward`.
+
+    Static, as `SftTask`: tasks that differ only in `numbers` share compiled programs.
+
+    Attributes:
+      members: K. Above 1, the trained leaves have a leading axis [K], and so have the loss's sums.
+      max_segments: S, a bound on the segments of a row; 1 without packing.
+      numbers: traced scalars that the loss reads from `hyper`.
+    """
+
+    cfg: ModelConfig
+    loss: str
+    members: int
+    dtype: str
+    remat: Remat
+    max_segments: int
+    numbers: Mapping[str, float] = field(default_factory=dict, compare=False, repr=False)
+
+    def pair_scores(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Scores (chosen, rejected) of each pair, float32 [N], or [K, N] of an ensemble."""
+        scores = reward_scores(
+            params,
+            self.cfg,
+            batch["tokens"],
+            batch["positions"],
+            batch["segment_ids"],
+            members=self.members,
+            max_segments=self.max_segments,
+            dtype=jnp.dtype(self.dtype),
+            remat=self.remat,
+        )
+        # [.., R, S] -> [.., R * S], on every device: the pairs of a table may lie on any row.
+        flat = constrain(scores, *[None] * scores.ndim).reshape(*scores.shape[:-2], -1)
+        chosen, rejected = constrain(batch["chosen"], None), constrain(batch["rejected"], None)
+        return flat[..., chosen], flat[..., rejected]
+
+    def __call__(
+        self, params: Any, batch: Mapping[str, jax.Array], hyper: Mapping[str, jax.Array]
+    ) -> tuple[LossOut, dict[str, jax.Array]]:
+        """Sums over one micro-batch, and the scores of each pair.
+
+        Args:
+          batch: rows [R, T] and pair tables [N] as of `preference_batches` (reference log-probs are not read), and
+            optionally `margin` [N], and `member_weight` [N, K], factors of `weight`.
+        """
+        chosen, rejected = self.pair_scores(params, batch)
+        p, weight = constrain(batch["p_chosen"], None), constrain(batch["weight"], None)
+        hard = jnp.where(p == 0.5, 0.5, (p > 0.5).astype(jnp.float32))
+        p = jnp.where(hyper.get("soft_labels", 1.0) > 0, p, hard)
+        margin = constrain(batch["margin"], None) if "margin" in batch else None
+        outputs = {"chosen": chosen, "rejected": rejected}
+        if self.members == 1:
+            return reward_loss(self.loss, chosen, rejected, p, weight, margin, hyper), outputs
+        weights = jnp.broadcast_to(weight, chosen.shape)
+        if "member_weight" in batch:
+            weights *= constrain(batch["member_weight"], None, None).T
+        one = lambda c, r, w: reward_loss(self.loss, c, r, p, w, margin, hyper)  # noqa: E731
+        return jax.vmap(one)(chosen, rejected, weights), outputs
+
+
+def reward_task(
+    cfg: ModelConfig,
+    spec: RewardSpec,
+    *,
+    dtype: str = "bfloat16",
+    remat: Remat = "full",
+    chunk: int = 1024,
+    max_segments: int = 1,
+) -> RewardTask:
+    """The loss of a reward model (`start_reward_model` gives `cfg`); scores and loss are float32.
+
+    Args:
+      dtype: of compute. chunk: not read (there is no vocabulary), for the form that all tasks share.
+      max_segments: the data iterator's bound on the segments of a row.
+    """
+    del chunk
+    numbers = {
+        "margin": spec.margin,
+        "label_smoothing": spec.label_smoothing,
+        "centering": spec.centering,
+        "tie_threshold": spec.tie_threshold,
+        "drop_ties": float(spec.loss == "bradley_terry" and spec.ties == "drop"),
+        "soft_labels": float(spec.soft_labels),
+    }
+    return RewardTask(cfg, spec.loss, spec.members, str(jnp.dtype(dtype)), remat, max_segments, numbers)
+
+
+def bootstrap_weights(pairs: int, members: int, seed: int) -> np.ndarray:
+    """float32 [pairs, K], the weight of each pair to each member, independent Exp(1) (Rubin 1981, the Bayesian
+    bootstrap: normalised by their sum, as the loss does, they are uniform over all weightings)."""
+    random = np.random.default_rng(np.random.SeedSequence([seed, members]))
+    return random.exponential(size=(pairs, members)).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class PairColumns:
+    """Arrays by pair that are filled into each batch; what `train` takes as `reference`.
+
+    Attributes:
+      columns: name -> [pairs, ...], such as `margin` [pairs] and `member_weight` [pairs, K].
+    """
+
+    columns: Mapping[str, np.ndarray]
+
+    def fill(self, pair_index: np.ndarray) -> dict[str, np.ndarray]:
+        """The arrays of a batch, [*pair_index.shape, ...]; 0 at padding (index -1)."""
+        real = pair_index >= 0
+        return {
+            name: np.where(real.reshape(*real.shape, *[1] * (values.ndim - 1)), values[pair_index], 0).astype(
+                np.float32
+            )
+            for name, values in self.columns.items()
+        }
