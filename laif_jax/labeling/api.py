@@ -94,6 +94,14 @@ def create_app(store: Store, on_start: Callable[[], None] | None = None) -> Fast
     async def job(job_id: str) -> JobStatus:
         return await known(job_id)
 
+    @app.post("/v1/jobs/{job_id}/stop", status_code=202)
+    async def stop(job_id: str, request: Request) -> JobStatus:
+        """Starts no more calls of the job; the answers under way are stored. Its items can be asked for again."""
+        _refuse_strangers(request)
+        await known(job_id)
+        state["runner"].stop(job_id)
+        return await known(job_id)
+
     @app.get("/v1/jobs/{job_id}/results")
     async def results(
         job_id: str,

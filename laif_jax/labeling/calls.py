@@ -9,9 +9,12 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from laif_jax.config.endpoints import Options
 from laif_jax.config.schema import EndpointSpec, SimulatedSpec
 from laif_jax.labeling.errors import EndpointError
 from laif_jax.labeling.parsers import Parser
+from laif_jax.labeling.rating import RatingParser
+from laif_jax.labeling.wires import WIRES
 from laif_jax.records import content_id
 
 KEY_VERSION = 1  # part of every request key: raise it if the meaning of a stored request changes
@@ -35,27 +38,55 @@ def checked_url(url: str) -> str:
     return url.rstrip("/")
 
 
+SERVICES = {
+    "anthropic": "https://api.anthropic.com",
+    "google": "https://generativelanguage.googleapis.com",
+}
+# Settings of simulated endpoints that came after the first release.
+_SINCE = ("timeout_rate", "truncated_rate", "malformed_rate", "retry_after", "drift", "version")
+VERTEX = "https://aiplatform.googleapis.com"
+
+
 class Endpoint(BaseModel):
     """An endpoint as the service calls it.
 
     Attributes:
       identity: what tells this endpoint from every other one in a request's key: for a remote endpoint its address,
-        for a local model the hash of its weights (the port changes from run to run), for a simulated one its settings.
-      api_key_env: the name of an environment variable *of the service*; the key itself is never sent or stored.
+        for a local model the hash of its weights (the port changes from run to run), for a simulated one its settings,
+        for a replayed cassette that it is one.
+      base_url: of "openai" always; of the others None for the provider's own.
+      api_key_env, api_key_file: where the key is found *on the service's machine*; the key itself is never sent or
+        stored.
+      project, location: of "google": models on Vertex AI, with Google's application default credentials.
+      options: more fields of the request's body; null removes one. They are part of a request's key.
+      client: of "openai": "sdk", the official package, or "plain", which needs no extra package.
+      cassette: a file of recorded exchanges: "record" adds to it, "replay" answers from it and never goes out.
+      prompt_price, cached_prompt_price, completion_price, batch_discount: see `EndpointSpec`.
     """
 
     # An address that is refused may hold a secret: errors do not quote it.
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    provider: Literal["openai", "simulated"]
+    provider: Literal["openai", "anthropic", "google", "simulated"]
     model: str = "default"
     identity: str = ""
     base_url: str | None = None
     api_key_env: str | None = None
+    api_key_file: str | None = None
+    project: str | None = None
+    location: str | None = None
+    options: Options = Field(default_factory=dict)
+    client: Literal["sdk", "plain"] = "sdk"
+    cassette: str | None = None
+    cassette_mode: Literal["replay", "record"] = "replay"
     simulated: SimulatedSpec | None = None
     concurrency: int = Field(default=8, gt=0)
     timeout: float = Field(default=120.0, gt=0)
     max_attempts: int = Field(default=6, gt=0)
+    prompt_price: float | None = Field(default=None, ge=0)
+    cached_prompt_price: float | None = Field(default=None, ge=0)
+    completion_price: float | None = Field(default=None, ge=0)
+    batch_discount: float | None = Field(default=None, ge=0, le=1)
 
     @model_validator(mode="after")
     def _check(self) -> "Endpoint":
@@ -64,13 +95,23 @@ class Endpoint(BaseModel):
                 raise ValueError("a simulated endpoint needs `simulated`")
             # Latency does not change an answer, so it does not re-ask.
             settings = self.simulated.model_dump(mode="json", exclude={"latency"})
+            for name in _SINCE:
+                if settings[name] == SimulatedSpec.model_fields[name].default:
+                    del settings[name]  # older answers keep their key
             object.__setattr__(self, "identity", f"simulated:{content_id(settings)}")
-        else:
-            if self.base_url is None:
-                raise ValueError("an OpenAI-compatible endpoint needs `base_url`")
+            return self
+        if self.provider == "openai" and self.base_url is None:
+            raise ValueError("an OpenAI-compatible endpoint needs `base_url`")
+        if self.api_key_env and self.api_key_file:
+            raise ValueError("give one of `api_key_env` and `api_key_file`")
+        if self.base_url is not None:
             object.__setattr__(self, "base_url", checked_url(self.base_url))
-            if not self.identity:
-                object.__setattr__(self, "identity", self.base_url)
+        if not self.identity:
+            home = VERTEX if self.project else SERVICES.get(self.provider, "")
+            object.__setattr__(self, "identity", self.base_url or home)
+        if self.cassette and self.cassette_mode == "replay" and not self.identity.startswith("cassette:"):
+            # What was played back never passes for an answer of the real endpoint.
+            object.__setattr__(self, "identity", f"cassette:{self.identity}")
         return self
 
     @classmethod
@@ -81,17 +122,23 @@ class Endpoint(BaseModel):
           base_url, identity: of the running server, for `llama_cpp` and `checkpoint`
             (`local_servers.running(spec)` starts it and fills both).
         """
-        shared = {name: getattr(spec, name) for name in ("model", "concurrency", "timeout", "max_attempts")}
+        names = (
+            *("model", "concurrency", "timeout", "max_attempts", "options"),
+            *("prompt_price", "cached_prompt_price", "completion_price", "batch_discount"),
+        )
+        shared = {name: getattr(spec, name) for name in names}
         if spec.provider == "simulated":
             return cls(provider="simulated", simulated=spec.simulated, **shared)
-        if spec.provider == "openai":
-            return cls(provider="openai", base_url=spec.base_url, api_key_env=spec.api_key_env, **shared)
+        if spec.provider in ("openai", "anthropic", "google"):
+            remote = {name: getattr(spec, name) for name in REMOTE_FIELDS}
+            return cls(provider=spec.provider, **remote, **shared)
         if base_url is None:
             raise EndpointError(
                 f"`provider: {spec.provider}` needs its server running: "
                 "use `with laif_jax.labeling.running(spec) as endpoint`"
             )
-        return cls(provider="openai", base_url=base_url, identity=identity, **shared)
+        # A local server needs nothing of the official package.
+        return cls(provider="openai", client="plain", base_url=base_url, identity=identity, **shared)
 
     @property
     def name(self) -> str:
@@ -101,7 +148,21 @@ class Endpoint(BaseModel):
     @cached_property
     def key(self) -> str:
         """Short hash of what makes this endpoint this endpoint (not of its concurrency, time-out or address's port)."""
-        return content_id([self.provider, self.identity, self.model])
+        asked = [self.provider, self.identity, self.model]
+        return content_id([*asked, self.options] if self.options else asked)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.model_dump_json())
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+REMOTE_FIELDS = (
+    *("base_url", "api_key_env", "api_key_file", "project", "location", "client"),
+    *("cassette", "cassette_mode"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +171,16 @@ class Truth:
 
     Attributes:
       instruction: the prompt's last user turn.
-      first, second: the two responses in the order shown; None for a completion.
+      first, second: the responses in the order shown: two of a comparison, `first` of a rating, none of a completion.
       quality: their planted qualities (first, second), for the world "planted".
-      parser: writes a verdict in the format that the critic asks for; `format_id` names it in the key.
+      parser: writes a verdict or a rating in the format that the critic asks for; `format_id` names it in the key.
     """
 
     instruction: str
     first: str | None = None
     second: str | None = None
     quality: tuple[float | None, float | None] = (None, None)
-    parser: Parser | None = None
+    parser: Parser | RatingParser | None = None
     format_id: str = ""
 
 
@@ -128,7 +189,8 @@ class Call:
     """One request to one endpoint.
 
     Attributes:
-      params: temperature, max_tokens, and where set top_p, seed, top_logprobs.
+      params: temperature, max_tokens, and where set top_p, seed, stop, n, top_logprobs. Raises `EndpointError` for
+        one that the provider does not have: nothing is sent then.
       sample: index of the sample, so that the same request may be asked several times.
       request: canonical JSON of everything that decides the answer. key: its SHA-256, the store's primary key.
         Neither holds a key, an address's port of a local server, a time-out or a concurrency.
@@ -153,6 +215,9 @@ class Call:
             "params": self.params,
             "sample": self.sample,
         }
+        if endpoint.options:
+            value["options"] = endpoint.options
+        WIRES[endpoint.provider].check(self.params)
         if endpoint.provider == "simulated" and self.truth is not None:
             value["truth"] = [self.truth.format_id, *self.truth.quality]
         text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -166,8 +231,5 @@ class Call:
         return "top_logprobs" in self.params
 
     def body(self) -> dict[str, Any]:
-        """The body of POST /chat/completions."""
-        body = {"model": self.endpoint.model, "messages": list(self.messages), **self.params}
-        if self.needs_logprobs:
-            body["logprobs"] = True
-        return body
+        """The JSON body of the request, in the provider's wire format."""
+        return WIRES[self.endpoint.provider].body(self)

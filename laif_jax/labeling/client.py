@@ -14,11 +14,12 @@ from laif_jax.labeling.calls import Endpoint
 from laif_jax.labeling.complete import Failure
 from laif_jax.labeling.critic import Critic, load_critic
 from laif_jax.labeling.errors import LabelServiceError
-from laif_jax.labeling.jobs import CompleteJob, JobStatus, JudgeJob
-from laif_jax.records import Comparison, Completion, Judgement, Prompt
+from laif_jax.labeling.jobs import CompleteJob, Job, JobStatus, JudgeJob, RateItem, RateJob
+from laif_jax.records import Comparison, Completion, Judgement, Prompt, Rating
 
 log = logging.getLogger(__name__)
 Progress = Callable[[JobStatus], None]
+_JSON = {"Content-Type": "application/json"}
 _completion: TypeAdapter[Completion | Failure] = TypeAdapter(Completion | Failure)
 
 
@@ -120,6 +121,7 @@ class LabelClient:
           CriticError: no such critic. LabelServiceError: see `complete`.
         """
         critic = critic if isinstance(critic, Critic) else load_critic(critic)
+        critic.require("comparison")
         job = JudgeJob(
             endpoint=_endpoint(endpoint),
             critic=critic,
@@ -136,6 +138,43 @@ class LabelClient:
             Judgement.model_validate_json(line) for line in self._lines(job_id or self.last_job, parts="true")
         ]
 
+    def rate(
+        self,
+        endpoint: EndpointSpec | Endpoint,
+        critic: str | Path | Critic,
+        completions: Sequence[tuple[Prompt, Completion]],
+        *,
+        deadline_s: float | None = None,
+        stop: bool = False,
+        on_progress: Progress | None = None,
+    ) -> list[Rating | None]:
+        """One rating per completion, in order; None for those that have not come by the deadline.
+
+        What is late is not lost: the job goes on, its answers are stored, and who asks again gets them unpaid.
+
+        Args:
+          critic: a shipped critic that rates, a critic's folder on this machine, or a `Critic`.
+          deadline_s: seconds to wait at most; None: until all are there.
+          stop: at the deadline the service starts no more calls for this job; the answers under way are still stored.
+            For who will not ask again, and shall not pay for what he does not use.
+
+        Raises:
+          CriticError: no such critic, or one that compares. LabelServiceError: see `complete`.
+        """
+        critic = critic if isinstance(critic, Critic) else load_critic(critic)
+        critic.require("rating")
+        items = tuple(RateItem(prompt=prompt, completion=completion) for prompt, completion in completions)
+        job = RateJob(endpoint=_endpoint(endpoint), critic=critic, items=items)
+        limit = None if deadline_s is None else time.monotonic() + deadline_s
+        status = self._run(job, on_progress, limit)
+        found = {}
+        for line in self._lines(status.id):
+            rating = Rating.model_validate_json(line)
+            found[rating.completion_id] = rating
+        if stop and status.state == "running":
+            self._request("POST", f"/v1/jobs/{status.id}/stop", headers=_JSON)
+        return [found.get(completion.id) for _, completion in completions]
+
     def status(self, job_id: str) -> JobStatus:
         """Where a job stands."""
         return JobStatus.model_validate(self._request("GET", f"/v1/jobs/{job_id}").json())
@@ -149,7 +188,8 @@ class LabelClient:
 
     # ---- how -----------------------------------------------------------------------------------------------------
 
-    def _run(self, job: CompleteJob | JudgeJob, on_progress: Progress | None) -> JobStatus:
+    def _run(self, job: Job, on_progress: Progress | None, limit: float | None = None) -> JobStatus:
+        """The status of the job once it is done, or, still running, at the time `limit` (of the monotonic clock)."""
         body = job.model_dump_json().encode("utf-8", "surrogatepass")
         submissions, stalled_since = 0, 0.0
         status: JobStatus | None = None
@@ -162,9 +202,7 @@ class LabelClient:
                         "Answers already given are in its store"
                     )
                 status = JobStatus.model_validate(
-                    self._request(
-                        "POST", "/v1/jobs", content=body, headers={"Content-Type": "application/json"}
-                    ).json()
+                    self._request("POST", "/v1/jobs", limit=limit, content=body, headers=_JSON).json()
                 )
                 self.last_job = status.id
             if on_progress is not None:
@@ -179,17 +217,20 @@ class LabelClient:
                     raise LabelServiceError(f"labelling job {status.id} cannot go on: {status.stalled}")
             else:
                 stalled_since = 0.0
-            time.sleep(self._poll)
-            status = self._look(status.id)
+            left = self._poll if limit is None else min(self._poll, limit - time.monotonic())
+            if left <= 0:
+                return status
+            time.sleep(left)
+            status = self._look(status.id, limit)
 
-    def _look(self, job_id: str) -> JobStatus | None:
+    def _look(self, job_id: str, limit: float | None) -> JobStatus | None:
         """The job's status; None if it must be submitted again."""
-        response = self._request("GET", f"/v1/jobs/{job_id}", accept=(404,))
+        response = self._request("GET", f"/v1/jobs/{job_id}", limit=limit, accept=(404,))
         if response.status_code == 404:
             return None
         status = JobStatus.model_validate(response.json())
         if status.state == "interrupted":
-            log.warning("the labelling service was started again; the job goes on from its store")
+            log.warning("job %s: %s; it goes on from the store", job_id, status.reason)
             return None
         return status
 
@@ -198,19 +239,23 @@ class LabelClient:
         return [line for line in response.content.decode("utf-8").split("\n") if line]
 
     def _request(
-        self, method: str, path: str, *, accept: tuple[int, ...] = (), **rest: Any
+        self, method: str, path: str, *, limit: float | None = None, accept: tuple[int, ...] = (), **rest: Any
     ) -> httpx.Response:
-        """One exchange with the service; an unreachable service is tried again for `patience` seconds."""
-        limit = time.monotonic() + self._patience
-        delay = 0.05
+        """One exchange with the service; an unreachable service is tried again for `patience` seconds, but not past the
+        time `limit`, which leaves at least one second."""
+        patience = self._patience
+        if limit is not None:
+            patience = min(patience, max(1.0, limit - time.monotonic()))
+            rest["timeout"] = patience
+        end, delay = time.monotonic() + patience, 0.05
         while True:
             try:
                 response = self._http.request(method, path, **rest)
                 break
             except httpx.TransportError as error:
                 death = self._death()
-                if death or time.monotonic() > limit:
-                    why = death or f"it does not answer for {self._patience:g} s ({error})"
+                if death or time.monotonic() > end:
+                    why = death or f"it does not answer for {patience:.0f} s ({error})"
                     raise LabelServiceError(
                         f"labelling service at {self.url}: {why}\nStart it again (`laif serve labels`) and run again: "
                         "answers already given are in its store and are not asked twice"

@@ -4,27 +4,31 @@ import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from laif_jax.labeling.errors import CriticError
-from laif_jax.labeling.parsers import Parser, make_parser
+from laif_jax.labeling.parsers import RATING, Parser, make_parser
+from laif_jax.labeling.rating import RatingParser
 from laif_jax.records import Prompt, fingerprint
 
 CRITICS = Path(__file__).parent / "critics"
-PLACEHOLDERS = ("instruction", "output_1", "output_2")
+PLACEHOLDERS = {
+    "comparison": ("instruction", "output_1", "output_2"),
+    "rating": ("instruction", "output"),
+}
 _PLACEHOLDER = re.compile(r"\{([a-z][a-z0-9_]*)\}")
 _SECTION = re.compile(r"^\[(system|user|assistant)\][ \t]*$", re.MULTILINE)
 
 
 class Critic(BaseModel):
-    """A critic: what is asked, and how the answer is read.
+    """A critic: what is asked, and how the answer is read. It compares two responses, or rates one (parser `rating`).
 
     Attributes:
       prompt: text of `prompt.txt`: sections `[system]`, `[user]`, `[assistant]`, each on its own line, with the
-        placeholders {instruction}, {output_1} and {output_2}.
+        placeholders {instruction}, {output_1} and {output_2}, or, of a critic that rates, {instruction} and {output}.
       top_logprobs: how many alternatives per token are asked for; None: no log-probs.
     """
 
@@ -50,14 +54,19 @@ class Critic(BaseModel):
             raise ValueError(
                 "prompt.txt needs at least one section: a line [system] or [user], then its text"
             )
-        used = set(_PLACEHOLDER.findall(self.prompt))
-        if unknown := used - set(PLACEHOLDERS):
+        used, known = set(_PLACEHOLDER.findall(self.prompt)), PLACEHOLDERS[self.kind]
+        if unknown := used - set(known):
             raise ValueError(
-                f"prompt.txt has unknown placeholders {sorted(unknown)}; there are {PLACEHOLDERS}"
+                f"prompt.txt has unknown placeholders {sorted(unknown)}; with `parser: {self.parser}` there are {known}"
             )
-        if missing := set(PLACEHOLDERS) - used:
+        if missing := set(known) - used:
             raise ValueError(f"prompt.txt lacks the placeholders {sorted(missing)}")
         return self
+
+    @property
+    def kind(self) -> Literal["comparison", "rating"]:
+        """What it does: compare two responses, or rate one."""
+        return "rating" if self.parser == RATING else "comparison"
 
     @cached_property
     def _template(self) -> list[tuple[str, str]]:
@@ -76,8 +85,25 @@ class Critic(BaseModel):
         """Hash of the answer's format."""
         return fingerprint([self.parser, self.options])[:16]
 
+    def require(self, kind: Literal["comparison", "rating"]) -> None:
+        """Raises `CriticError` if this critic is of the other kind."""
+        if kind != self.kind:
+            does = {"comparison": "compares two responses", "rating": "rates single responses"}
+            raise CriticError(
+                f"critic {self.name!r} {does[self.kind]}; take one that {does[kind]}: "
+                f"{', '.join(shipped_critics(kind))}"
+            )
+
     @cached_property
     def reader(self) -> Parser:
+        """Reads comparisons; raises `CriticError` if this critic rates."""
+        self.require("comparison")
+        return make_parser(self.parser, self.options)
+
+    @cached_property
+    def rater(self) -> RatingParser:
+        """Reads ratings; raises `CriticError` if this critic compares."""
+        self.require("rating")
         return make_parser(self.parser, self.options)
 
     @cached_property
@@ -89,18 +115,25 @@ class Critic(BaseModel):
         return params
 
     def messages(self, instruction: str, output_1: str, output_2: str) -> tuple[dict[str, str], ...]:
-        """The chat messages. All placeholders are filled in one pass over the *template*, so a response that itself
-        contains "{output_2}" or "[user]" is only text."""
-        values = {"instruction": instruction, "output_1": output_1, "output_2": output_2}
+        """The chat messages of a comparison. All placeholders are filled in one pass over the *template*, so a response
+        that itself contains "{output_2}" or "[user]" is only text."""
+        return self._fill({"instruction": instruction, "output_1": output_1, "output_2": output_2})
+
+    def rating_messages(self, instruction: str, output: str) -> tuple[dict[str, str], ...]:
+        """The chat messages of a rating, filled likewise."""
+        return self._fill({"instruction": instruction, "output": output})
+
+    def _fill(self, values: Mapping[str, str]) -> tuple[dict[str, str], ...]:
         return tuple(
             {"role": role, "content": _PLACEHOLDER.sub(lambda match: values[match.group(1)], text)}
             for role, text in self._template
         )
 
 
-def shipped_critics() -> list[str]:
-    """Names of the critics that come with the package."""
-    return sorted(path.parent.name for path in CRITICS.glob("*/critic.yaml"))
+def shipped_critics(kind: Literal["comparison", "rating"] | None = None) -> list[str]:
+    """Names of the critics that come with the package: all, or those of one kind."""
+    names = sorted(path.parent.name for path in CRITICS.glob("*/critic.yaml"))
+    return names if kind is None else [name for name in names if load_critic(name).kind == kind]
 
 
 def load_critic(name: str | Path) -> Critic:

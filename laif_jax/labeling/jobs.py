@@ -8,20 +8,22 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from laif_jax.labeling.calls import Call, Endpoint
 from laif_jax.labeling.complete import CompleteWork
 from laif_jax.labeling.critic import Critic, load_critic, shipped_critics
 from laif_jax.labeling.errors import CriticError, LabelError
 from laif_jax.labeling.judge import JudgeWork
+from laif_jax.labeling.rate import RateWork
 from laif_jax.labeling.scheduler import Breaker, Outcome, Scheduler, request_row, stored_outcome
 from laif_jax.labeling.store import Row, Store, now
 from laif_jax.labeling.work import Work
-from laif_jax.records import Comparison, Prompt
+from laif_jax.records import Comparison, Completion, Prompt
 
 log = logging.getLogger(__name__)
 WINDOW = 512  # items that are looked up in the store together
+STOPPED = "its client stopped the job"
 
 
 class _JobModel(BaseModel):
@@ -68,25 +70,61 @@ class JudgeJob(_JobModel):
     seed: int = 0
 
     def work(self) -> Work:
-        critic = self.critic
-        if isinstance(critic, str):
-            if critic not in shipped_critics():  # a path would be one of the service's machine
-                raise CriticError(
-                    f"critic {critic!r} is none of {', '.join(shipped_critics())}; send another one in full"
-                )
-            critic = load_critic(critic)
+        critic = _critic(self.critic)
+        critic.require("comparison")
         return JudgeWork(self.endpoint, critic, self.comparisons, self.order, self.seed)
 
 
-JobRequest = Annotated[CompleteJob | JudgeJob, Field(discriminator="kind")]
-job_request: TypeAdapter[CompleteJob | JudgeJob] = TypeAdapter(JobRequest)
+class RateItem(_JobModel):
+    """A completion and the prompt that it answers."""
+
+    prompt: Prompt
+    completion: Completion
+
+    @model_validator(mode="after")
+    def _check(self) -> "RateItem":
+        if self.completion.prompt_id != self.prompt.id:
+            raise ValueError(
+                f"the completion answers prompt {self.completion.prompt_id}, not {self.prompt.id}"
+            )
+        return self
+
+
+class RateJob(_JobModel):
+    """Ratings of single completions. `critic`: the name of a shipped critic that rates, or one in full."""
+
+    kind: Literal["rate"] = "rate"
+    endpoint: Endpoint
+    critic: str | Critic
+    items: tuple[RateItem, ...]
+
+    def work(self) -> Work:
+        critic = _critic(self.critic)
+        critic.require("rating")
+        return RateWork(self.endpoint, critic, [(item.prompt, item.completion) for item in self.items])
+
+
+def _critic(critic: str | Critic) -> Critic:
+    if isinstance(critic, Critic):
+        return critic
+    if critic not in shipped_critics():  # a path would be one of the service's machine
+        raise CriticError(
+            f"critic {critic!r} is none of {', '.join(shipped_critics())}; send another one in full"
+        )
+    return load_critic(critic)
+
+
+Job = CompleteJob | JudgeJob | RateJob
+JobRequest = Annotated[Job, Field(discriminator="kind")]
+job_request: TypeAdapter[Job] = TypeAdapter(JobRequest)
 
 
 class JobStatus(BaseModel):
     """Where a job stands.
 
     Attributes:
-      state: "running", "done", "failed" (see `reason`) or "interrupted" (the service ended; submit it again).
+      state: "running", "done", "failed" (see `reason`) or "interrupted" (the service ended, or the client stopped it:
+        `reason` says which; submit it again for the rest).
       done: items whose result is stored. counts: results by status. calls: calls answered or failed in this run.
       cached: calls whose answer was in the store.
       stalled: why nothing can be stored at present (a full disk), "" if all is well.
@@ -141,6 +179,12 @@ class _Job:
         self._failed: dict[str, Outcome] = {}  # not asked twice in one run
         self._error: BaseException | None = None
         self._breaker = Breaker(work.endpoint)
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Starts no more calls; the answers that are under way are stored."""
+        self._breaker.stop(STOPPED)
+        self._stopped = True
 
     # ---- the run -----------------------------------------------------------------------------------------------
 
@@ -164,6 +208,8 @@ class _Job:
             state, reason = "interrupted", "the service ended before the job did; submit it again"
         if state == "done" and self.scheduler.closing:
             state, reason = "interrupted", "the service ended before the job did; submit it again"
+        elif state == "done" and self._stopped:
+            state, reason = "interrupted", f"{STOPPED}; submit it again for the rest"
         await self._save(state, reason)
         final = self.status
         log.info(
@@ -233,7 +279,7 @@ class _Job:
             outcome = self._failed.get(call.key)
             if outcome is None:
                 outcome = await self.scheduler.ask(call, attempts, self._breaker)
-                self.status.calls += 1
+                self.status.calls += outcome.asked
                 if outcome.answer is None:
                     self._failed[call.key] = outcome
             self._take(item, slot, outcome)
@@ -299,6 +345,11 @@ class Runner:
         self._ended.pop(job_id, None)
         task.add_done_callback(lambda _: self._end(job))
         return job.status
+
+    def stop(self, job_id: str) -> None:
+        """Stops a job that runs: it starts no more calls, and ends when those under way are answered and stored."""
+        if job_id in self._jobs:
+            self._jobs[job_id][0].stop()
 
     def _end(self, job: _Job) -> None:
         del self._jobs[job.status.id]

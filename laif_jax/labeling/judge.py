@@ -53,7 +53,7 @@ def make_call(comparison: Comparison, order: Order, critic: Critic, endpoint: En
             instruction=last_user_turn(comparison.prompt),
             first=first.text,
             second=second.text,
-            quality=(_planted(first), _planted(second))
+            quality=(planted_quality(first), planted_quality(second))
             if endpoint.simulated.world == "planted"
             else (None, None),
             parser=critic.reader,
@@ -62,7 +62,8 @@ def make_call(comparison: Comparison, order: Order, critic: Critic, endpoint: En
     return Call(endpoint, messages, critic.params, truth=truth)
 
 
-def _planted(completion: Completion) -> float | None:
+def planted_quality(completion: Completion) -> float | None:
+    """What the world "planted" reads: the completion's `meta.quality`."""
     quality = completion.meta.get("quality")
     return float(quality) if isinstance(quality, (int, float)) else None
 
@@ -101,9 +102,14 @@ def _read(critic: Critic, outcome: Outcome) -> Verdict:
     if answer.refusal:
         return Verdict(Status.REFUSED, reason=answer.refusal)
     verdict = critic.reader.parse(answer)
-    if verdict.status is Status.UNPARSABLE and _REFUSES.match(answer.text):
+    if verdict.status is Status.UNPARSABLE and refuses(answer.text):
         return Verdict(Status.REFUSED, reason="the critic declined to compare")
     return verdict
+
+
+def refuses(text: str) -> bool:
+    """Whether a critic's answer only declines."""
+    return _REFUSES.match(text) is not None
 
 
 def merge(comparison: Comparison, critic: Critic, parts: Sequence[Judgement]) -> Judgement:
@@ -179,7 +185,7 @@ class JudgeWork:
     @cached_property
     def id(self) -> str:
         items = [
-            (comparison.id, _planted(comparison.a), _planted(comparison.b))
+            (comparison.id, planted_quality(comparison.a), planted_quality(comparison.b))
             for comparison in self._comparisons
         ]
         # The seed has no effect on both orders.

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from laif_jax.labeling.answers import Answer
+from laif_jax.labeling.answers import Answer, Rendered
 from laif_jax.labeling.errors import CriticError
+from laif_jax.labeling.rating import RatingOptions, RatingParser
 from laif_jax.records import Status
 
 MAX_TEXT = 20_000  # characters of an answer that are looked at
@@ -34,14 +35,6 @@ class Verdict:
     reason: str = ""
     rationale: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """A simulated answer: its text, and the log-probs of its first token where the critic asks for them."""
-
-    text: str
-    top: tuple[tuple[str, float], ...] = ()
 
 
 class Parser(Protocol):
@@ -309,16 +302,18 @@ def _json_objects(text: str) -> Iterator[dict[str, Any]]:
 
 # ---- registry --------------------------------------------------------------------------------------------------
 
-PARSERS: dict[str, tuple[type[_Options], Any]] = {
+RATING = "rating"
+PARSERS: dict[str, tuple[type[BaseModel], Any]] = {
     "ab_logprob": (LogprobOptions, LogprobParser),
     "regex": (RegexOptions, RegexParser),
     "ranking": (RankingOptions, RankingParser),
     "json": (JsonOptions, JsonParser),
+    RATING: (RatingOptions, RatingParser),
 }
 
 
-def make_parser(name: str, options: dict[str, Any]) -> Parser:
-    """The parser of that name.
+def make_parser(name: str, options: dict[str, Any]) -> Any:
+    """The parser of that name: of comparisons, or `RatingParser`.
 
     Raises:
       CriticError: unknown parser, or options that it does not have.

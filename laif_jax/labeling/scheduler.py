@@ -23,7 +23,14 @@ RETRY_AFTER_MOST = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a request ended. `answer` is None exactly when it failed; `reason` then says why."""
+    """How a request ended.
+
+    Attributes:
+      answer: None exactly when it failed; `reason` then says why.
+      passing: of a failure: one that may be over when the request is made again (nobody reached, too many calls, a
+        stopped job), not one that the same request meets every time (a refused key, a request that is not accepted).
+      asked: False: a job that was stopped did not ask at all.
+    """
 
     key: str
     answer: Answer | None
@@ -31,6 +38,8 @@ class Outcome:
     latency: float = 0.0
     date: str = ""
     cached: bool = False
+    passing: bool = False
+    asked: bool = True
 
 
 class Breaker:
@@ -46,6 +55,7 @@ class Breaker:
         self._row = 0
         self._applies = endpoint.provider != "simulated"
         self.reason = ""
+        self.passing = True
 
     def success(self) -> None:
         self._row = 0
@@ -55,7 +65,12 @@ class Breaker:
         if self._applies and not self.reason and (error.fatal or self._row >= self._limit):
             why = "" if error.fatal else f"{self._row} calls in a row failed, the last: "
             self.reason = f"not asked: {why}{error.reason}"
+            self.passing = not error.fatal
             log.error("calls stopped: %s%s", why, error.reason)
+
+    def stop(self, reason: str) -> None:
+        """Opens it at the client's word."""
+        self.reason = self.reason or f"not asked: {reason}"
 
 
 class _Lane:
@@ -93,9 +108,10 @@ class Scheduler:
 
         Never raises for what an endpoint does; raises `StoreError` if an answer cannot be stored.
         """
-        running = self._running.get(call.key)
-        if running is not None:
-            return await asyncio.shield(running)
+        while (running := self._running.get(call.key)) is not None:
+            outcome = await asyncio.shield(running)
+            if outcome.asked or breaker.reason or self.closing:
+                return outcome  # else: another job was stopped before it asked; this one goes on
         if call.key in self._answered:
             rows = await asyncio.to_thread(self.store.answered, [call.key])
             outcome = stored_outcome(call, rows[call.key])
@@ -116,19 +132,20 @@ class Scheduler:
 
     async def _ask(self, call: Call, attempts_before: int, breaker: Breaker) -> Outcome:
         lane = self.lane(call.endpoint)
-        reason = ""
+        reason, passing = "", True
         for attempt in range(attempts_before, attempts_before + call.endpoint.max_attempts):
             async with lane.places:
                 await lane.wait()
                 if breaker.reason or self.closing:
-                    return Outcome(call.key, None, breaker.reason or "not asked: the service is stopping")
+                    why = breaker.reason or "not asked: the service is stopping"
+                    return Outcome(call.key, None, why, passing=breaker.passing, asked=False)
                 self.store.write(states=[_state(call, "in_flight", attempt)])
                 started = time.perf_counter()
                 try:
                     body = await lane.provider.call(call, attempt)
                     answer = read_answer(body, needs_logprobs=call.needs_logprobs)
                 except CallError as error:
-                    reason, failure = error.reason, error
+                    reason, passing, failure = error.reason, error.retryable, error
                     latency = time.perf_counter() - started
                     await self._store_failure(call, attempt, error, latency)
                 else:
@@ -141,7 +158,7 @@ class Scheduler:
                 breaker.failure(failure)
                 break
             await self._back_off(lane, failure, attempt - attempts_before)
-        return Outcome(call.key, None, reason, date=now())
+        return Outcome(call.key, None, reason, date=now(), passing=passing)
 
     async def _back_off(self, lane: _Lane, error: CallError, attempt: int) -> None:
         if lane.provider.free:

@@ -66,12 +66,12 @@ failures = Table(  # one row per attempt that gave no usable answer
     sqlite_with_rowid=False,
 )
 
-results = Table(  # judgements and completions: what was read from the responses
+results = Table(  # judgements, ratings and completions: what was read from the responses
     "results",
     metadata,
     Column("key", String(16), primary_key=True),
-    Column("kind", String(16), nullable=False),  # judgement / completion
-    Column("item", String, nullable=False),  # id of the comparison or prompt
+    Column("kind", String(16), nullable=False),  # judgement / rating / completion
+    Column("item", String, nullable=False),  # id of the comparison, completion or prompt
     Column("status", String(16), nullable=False),
     Column("endpoint_key", String(16), nullable=False),
     Column("critic_hash", String(64), nullable=False),
@@ -85,7 +85,7 @@ jobs = Table(
     "jobs",
     metadata,
     Column("id", String(16), primary_key=True),
-    Column("kind", String(16), nullable=False),  # complete / judge
+    Column("kind", String(16), nullable=False),  # complete / judge / rate
     Column("endpoint", Text, nullable=False),  # name, for people
     Column("endpoint_key", String(16), nullable=False),
     Column("critic", String, nullable=False),

@@ -18,6 +18,7 @@ from laif_jax.records.types import (
     Message,
     Preference,
     Prompt,
+    Rating,
     Status,
     Usage,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "Message",
     "Preference",
     "Prompt",
+    "Rating",
     "Status",
     "Usage",
     "append_jsonl",

@@ -1,4 +1,5 @@
-"""The records that travel along the corridor: prompt -> completion -> comparison -> judgement -> preference."""
+"""The records that travel along the corridor: prompt -> completion -> comparison -> judgement -> preference (or
+prompt -> completion -> rating)."""
 
 from collections.abc import Mapping
 from enum import StrEnum
@@ -32,10 +33,11 @@ class Message(Record):
 
 
 class Usage(Record):
-    """Tokens that a call used."""
+    """Tokens that a call used. `cached_tokens`: those of `prompt_tokens` that the endpoint had cached, at their price."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cached_tokens: int = 0
 
 
 class Prompt(Record):
@@ -178,6 +180,55 @@ class Judgement(Record):
             ]
             object.__setattr__(self, "id", content_id(key))
         return self
+
+
+class Rating(Record):
+    """A critic's score of one completion, from 1 (awful) to 10 (perfect).
+
+    Attributes:
+      status: `ok`, `unparsable`, `refused` or `failed`; there are no ties.
+      score: in [1, 10], None exactly when `status` is not ok. From log-probs: the expected score, sum of i * p[i - 1].
+      p: probabilities of the scores 1 to 10, which sum to 1; None where the score was read from the answer's text.
+      mass: probability that the ten together had before they were normalised. ambiguous: the part of it on a "1" of
+        which the answer does not tell whether a "0" would have followed (see `laif_jax.labeling.rating`).
+      raw: the answer text as it came. reason: why it is not ok.
+    """
+
+    completion_id: str
+    prompt_id: str
+    critic: str
+    critic_hash: str = ""
+    status: Status
+    score: float | None = Field(default=None, ge=1.0, le=10.0)
+    p: tuple[float, ...] | None = Field(default=None, min_length=10, max_length=10)
+    mass: float | None = Field(default=None, ge=0.0, le=1.0)
+    ambiguous: float | None = Field(default=None, ge=0.0, le=1.0)
+    raw: str = ""
+    reason: str = ""
+    usage: Usage | None = None
+    cost: float | None = None  # US dollars
+    latency: float | None = None  # seconds
+    provider_fingerprint: str = ""
+    date: str = ""
+    meta: dict[str, Any] = Field(default_factory=dict)
+    id: str = ""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.status is Status.TIE:
+            raise ValueError("a rating is of one completion: it cannot be a tie")
+        if (self.status is Status.OK) != (self.score is not None):
+            verb = "must" if self.status is Status.OK else "must not"
+            raise ValueError(f"a rating with status {self.status} {verb} carry a score")
+        if not self.id:
+            key = [self.completion_id, self.critic, self.critic_hash, self.status, self.score, self.raw]
+            object.__setattr__(self, "id", content_id(key))
+        return self
+
+    @property
+    def reward(self) -> float | None:
+        """The score on [-1, 1]: (score - 5.5) / 4.5."""
+        return None if self.score is None else (self.score - 5.5) / 4.5
 
 
 class Preference(Record):

@@ -39,7 +39,7 @@ def run(
     def work(folder: epath.Path) -> dict[str, Any]:
         by_id = {row.prompt.id: row.prompt for row in prompts_stage.read(prompts, "train")}
         policy = sample_stage.read(samples)
-        comparisons = list(_pairs(by_id, policy, teach_stage.read(teacher) if teacher else None))
+        comparisons = list(pairs_of(by_id, policy, teach_stage.read(teacher) if teacher else None))
         judgements = judge(ctx, spec, comparisons)
         single = ctx.services.client.judgements() if spec.order == "both" else []
         write_jsonl(folder / "judgements.jsonl.gz", judgements)
@@ -105,7 +105,7 @@ def check_coverage(ctx: Context, who: str, decided: int, judgements: list[Judgem
         )
 
 
-def _pairs(
+def pairs_of(
     prompts: Mapping[str, Prompt], policy: list[Completion], teacher: list[Completion] | None
 ) -> Iterable[Comparison]:
     """One comparison per prompt that has both sides; empty texts cannot be compared and are left out."""

@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 
 from laif_jax.config import EndpointSpec
-from laif_jax.records import Completion, Judgement
+from laif_jax.records import Completion, Judgement, Rating
 
 
 def usage_of(
-    records: Iterable[Completion | Judgement], endpoint: EndpointSpec | None
+    records: Iterable[Completion | Judgement | Rating], endpoint: EndpointSpec | None
 ) -> dict[str, float | None]:
     """Tokens that the records used, and `cost`, US dollars by the endpoint's prices (None where it has none).
 

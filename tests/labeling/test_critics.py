@@ -11,7 +11,7 @@ from laif_jax.labeling import CriticError, load_critic, shipped_critics
 from laif_jax.labeling.critic import CRITICS, instruction_text
 from laif_jax.records import Message, Prompt
 
-NAMES = shipped_critics()
+NAMES = shipped_critics("comparison")
 
 
 def test_the_protocols_facts() -> None:

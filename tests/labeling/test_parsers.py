@@ -13,7 +13,7 @@ from laif_jax.labeling.errors import CallError, CriticError
 from laif_jax.labeling.parsers import make_parser
 from laif_jax.records import Status
 
-CRITICS = shipped_critics()
+CRITICS = shipped_critics("comparison")
 PARSERS = {name: load_critic(name).reader for name in CRITICS}
 TEXT_CRITICS = [name for name in CRITICS if not PARSERS[name].needs_logprobs]
 

@@ -14,7 +14,7 @@ from laif_jax.records import Comparison, Completion, Prompt, Status
 from laif_jax.worlds import symbols
 from tests.labeling.helpers import comparison, judge, planted, run_job, simulated, truth
 
-CRITICS = shipped_critics()
+CRITICS = shipped_critics("comparison")
 LABELS = (Status.OK, Status.TIE)
 
 

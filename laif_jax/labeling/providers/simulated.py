@@ -13,6 +13,15 @@ answer (sigmoid of it); in a text format its sign is. At logit exactly 0 a forma
 without names the first or the second *place*, by one draw per pair, the same in both orders: averaged over the orders
 that is a tie. Lengths are characters.
 
+A rating critic gives the score i from 1 to 10 a probability proportional to
+
+    exp(-sharpness * (i - target)^2 / 2),   target = 1 + 9 * quality + length_bias / sharpness * n / (n + 50)
+
+with `n` the response's length in characters: a bell of variance 1 / sharpness around the truth, tilted by length_bias
+per unit of relative length. With probability 1 - `accuracy`, one draw per text, the critic is as wrong as can be: its
+target starts from 1 - quality. In a log-prob format the ten probabilities are the answer; in a text format the most
+probable score is. `tie_rate` and `position_bias` have no meaning here.
+
 Misbehaviour is drawn per attempt, in this order: failure (HTTP 500), rate limit (HTTP 429), empty (no choices),
 refusal, garbage (text that answers nothing). Only these depend on the attempt; all draws depend on the seed, the
 model's name and the content alone, never on time, order or concurrency.
@@ -33,6 +42,7 @@ from typing import Any
 
 from laif_jax.labeling.calls import Call, Endpoint, Truth
 from laif_jax.labeling.errors import CallError
+from laif_jax.labeling.rating import SCORES, RatingParser
 from laif_jax.worlds import symbols
 
 _MARK = re.compile(r"^\[quality (\d\.\d+)\]")
@@ -86,7 +96,10 @@ class SimulatedProvider:
         try:
             if truth.parser is None:
                 return self._wire(call, {"role": "assistant", "content": self._complete(call, truth)})
-            answer = truth.parser.render(*self._verdict(truth))
+            if isinstance(truth.parser, RatingParser):
+                answer = truth.parser.render(self._rating(truth))
+            else:
+                answer = truth.parser.render(*self._verdict(truth))
         except symbols.SymbolsError as error:
             raise CallError("bad_request", f'the world "symbols" cannot read this prompt: {error}') from error
         return self._wire(call, {"role": "assistant", "content": answer.text}, answer.top)
@@ -128,6 +141,19 @@ class SimulatedProvider:
         longest = max(len(first), len(second), 1)
         bias = spec.length_bias * (len(second) - len(first)) / longest - spec.position_bias
         return base + bias, coin < 0.5
+
+    def _rating(self, truth: Truth) -> list[float]:
+        """Log-probabilities of the scores 1 to 10."""
+        spec, text = self.spec, truth.first or ""
+        quality = self._quality(text, truth.quality[0], truth.instruction)
+        right, *_ = _draws("rating", spec.seed, self.endpoint.model, truth.instruction, text)
+        if right >= spec.accuracy:
+            quality = 1.0 - quality
+        target = 1.0 + 9.0 * quality + spec.length_bias / spec.sharpness * len(text) / (len(text) + 50)
+        logits = [-0.5 * spec.sharpness * (score - target) ** 2 for score in SCORES]
+        most = max(logits)
+        total = most + math.log(math.fsum(math.exp(logit - most) for logit in logits))
+        return [logit - total for logit in logits]
 
     def _wire(
         self, call: Call, message: dict[str, Any] | None, top: tuple[tuple[str, float], ...] = ()
