@@ -346,10 +346,36 @@ def _arm_problems(config: StudyConfig) -> Iterable[str]:
         if getattr(config, section) is not None and section not in used:
             users = [name for name, sections in SECTIONS.items() if section in sections]
             yield f"{section}: has no effect; no arm has `optimize: {'` or `'.join(users)}`"
+    yield from _iterate_problems(config, arms)
     direct = any(arm.optimize == "ppo" and arm.reward == "critic" for arm in arms)
     values = config.ppo is not None and config.ppo.learns_values and config.ppo.value == "separate"
     if direct and values and config.ppo and config.ppo.value_init == "reward":
         yield "ppo.value_init: an arm with `reward: critic` has no reward model to start from; use `policy`"
+
+
+def _iterate_problems(config: StudyConfig, arms: Sequence[ArmSpec]) -> Iterable[str]:
+    """A budget that does not divide over the rounds, or cannot be held."""
+    spec = config.iterate
+    if spec is None:
+        return
+    used = {section for arm in arms if arm.optimize.startswith("iterated") for section in arm_sections(arm)}
+    budgets = (
+        ("dpo.steps", config.dpo.steps if config.dpo and "dpo" in used else None),
+        ("ppo.iterations", config.ppo.iterations if config.ppo and "ppo" in used else None),
+    )
+    for key, count in budgets:
+        if count is not None and count < spec.rounds:
+            yield f"{key}: {count} do not divide over {spec.rounds} `iterate.rounds`; the rounds share them"
+    for arm in arms:
+        critic = config.critics.get(arm.critic or "")
+        endpoint = config.endpoints.get(critic.endpoint) if critic else None
+        if spec.max_cost is None or not arm.optimize.startswith("iterated") or not critic or not endpoint:
+            continue
+        if endpoint.provider == "openai" and endpoint.prompt_price is None:
+            yield (
+                f"iterate.max_cost: the endpoint `{critic.endpoint}` of arm `{arm.name}` has no prices; give its "
+                "`prompt_price` and `completion_price`"
+            )
 
 
 def expand_arms(config: StudyConfig) -> list[ArmSpec]:
