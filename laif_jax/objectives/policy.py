@@ -99,7 +99,10 @@ def value_loss(
     if old_values is None:
         raise ValueError("the clipped value loss needs `old_values`, the values at the rollout")
     old = jax.lax.stop_gradient(_clean(old_values, real))
-    bound = jnp.square(old + jnp.clip(values - old, -value_clip, value_clip) - returns)
+    moved = values - old
+    # Within the range it is the value itself: old + (value - old) would differ by a rounding.
+    cut = jnp.where(jnp.abs(moved) <= value_clip, values, old + jnp.clip(moved, -value_clip, value_clip))
+    bound = jnp.square(cut - returns)
     clipped = jax.lax.stop_gradient((bound > free).astype(jnp.float32))
     return ValueLoss(0.5 * jnp.maximum(free, bound), clipped)
 
