@@ -27,7 +27,8 @@ class RewardSpec(TrainSpec):
       end_of_context: a token appended to every response, at which the score is read (HH-RLHF); one that the tokenizer
         does not have is added to it. None: the score is read at the response's last token.
       learning_rates: a sweep: one model per rate from one compiled step; the most accurate on held-out pairs is kept.
-      held_out: share of the prompts whose pairs are held out, where no test set is given.
+      held_out: share of the training prompts whose pairs are held out, to measure and to choose among
+        `learning_rates` on; test sets stay for the report. 0: none.
       eval_every: optimiser steps between accuracies on held-out pairs; 0: after the last alone.
     """
 
@@ -51,8 +52,16 @@ class RewardSpec(TrainSpec):
             rate <= 0 for rate in self.learning_rates
         ):
             raise ValueError("`learning_rates` must be different numbers above 0")
+        if self.members > 1 and self.optimizer.name == "adafactor":
+            raise ValueError(
+                "`optimizer.name: adafactor` clips by statistics over a whole array, in which an ensemble's members lie "
+                "together; with `members` above 1 use adamw, rmsprop or lion"
+            )
         if self.learning_rates and "learning_rate" in self.optimizer.model_fields_set:
             raise ValueError("give one of `optimizer.learning_rate` and `learning_rates`, the sweep")
+        if self.held_out == 0 and (self.learning_rates or self.eval_every):
+            option = "learning_rates" if self.learning_rates else "eval_every"
+            raise ValueError(f"`{option}` needs held-out pairs: set `held_out` above 0")
         return self
 
     def unused(self) -> dict[str, tuple[str, str]]:

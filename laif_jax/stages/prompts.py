@@ -4,7 +4,7 @@ from typing import Any
 
 from etils import epath
 
-from laif_jax.config import PpoConfig, PromptSource, StudyConfig
+from laif_jax.config import PairSource, PpoConfig, PromptSource, StudyConfig
 from laif_jax.data.readers import resolve
 from laif_jax.data.sources import SourceRow, load_prompts
 from laif_jax.records import DataError, Prompt, file_sha256, read_jsonl, write_jsonl
@@ -22,8 +22,8 @@ def run(ctx: Context) -> Artifact:
     assert isinstance(ctx.config, StudyConfig | PpoConfig)  # the configurations that have prompts
     data = ctx.config.data
     settings: dict[str, Any] = {
-        "train": _source_settings(data.train, data.root),
-        "eval": _source_settings(data.eval, data.root),
+        "train": source_settings(data.train, data.root),
+        "eval": source_settings(data.eval, data.root),
         "symbols": data.symbols.resolved() if data.symbols else None,
         "seed": ctx.seed,
         "eval_seed": ctx.config.seed,
@@ -61,7 +61,7 @@ def _to_row(row: SourceRow) -> dict[str, Any]:
     return {"prompt": row.prompt.to_row(), "completions": dict(row.completions)}
 
 
-def _source_settings(source: PromptSource, root: str | None) -> dict[str, Any]:
+def source_settings(source: PromptSource | PairSource, root: str | None) -> dict[str, Any]:
     """The source with the hash of its files' content in place of its path: moving the data changes no key. What has no
     files of its own here (a name on the Hub or of TFDS) is known by its name and `root`."""
     settings = source.resolved()
