@@ -93,6 +93,8 @@ def _serve_labels(options: argparse.Namespace) -> int:
 
 
 def _serve_model(options: argparse.Namespace) -> int:
+    if options.critics and not options.reward:
+        raise LaifError("`--critic` has an effect with `--reward` only")
     from laif_jax.serving import serve_model
 
     serve_model(
@@ -102,6 +104,8 @@ def _serve_model(options: argparse.Namespace) -> int:
         name=options.name,
         template=options.template,
         dtype=options.dtype,
+        reward=options.reward,
+        **({"critics": options.critics} if options.critics else {}),
     )
     return 0
 
@@ -162,5 +166,17 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--port", type=int, default=8000)
     model.add_argument("--name", help="the model's name in requests (default: the folder's)")
     model.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of compute")
-    model.add_argument("--template", choices=("model", "human_assistant"), default="model")
+    model.add_argument("--template", choices=("model", "human_assistant"), help="of prompts (default: model)")
+    model.add_argument(
+        "--reward",
+        action="store_true",
+        help="the folder is a reward model's: answer critics' pairwise questions",
+    )
+    model.add_argument(
+        "--critic",
+        action="append",
+        dest="critics",
+        metavar="NAME",
+        help="with --reward: a critic (or folder) whose questions are answered; may be repeated (default: all shipped)",
+    )
     return parser

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 from fastapi import FastAPI, Request
@@ -240,12 +240,23 @@ def create_app(
 
     app = FastAPI(title="laif model server", lifespan=lifespan)
     app.state.service = service
-    _add_errors(app)
-    _add_routes(app, service)
+    add_errors(app)
+    add_routes(app, service, service.engine.max_length, lambda: service.batcher.queued)
     return app
 
 
-def _add_routes(app: FastAPI, service: ChatService) -> None:
+class Answers(Protocol):
+    """What a server's routes need of what answers."""
+
+    name: str
+    fingerprint: str
+
+    async def chat(self, request: ChatRequest) -> dict[str, Any]: ...
+
+
+def add_routes(app: FastAPI, service: Answers, max_length: int, queued: Callable[[], int]) -> None:
+    """The addresses that clients of the chat protocol use. max_length: tokens that the model takes."""
+
     @app.post("/v1/chat/completions")
     async def chat(request: ChatRequest) -> dict[str, Any]:
         return await service.chat(request)
@@ -253,7 +264,7 @@ def _add_routes(app: FastAPI, service: ChatService) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         entry = {"id": service.name, "object": "model", "created": 0, "owned_by": "laif_jax"}
-        return {"object": "list", "data": [{**entry, "max_model_len": service.engine.max_length}]}
+        return {"object": "list", "data": [{**entry, "max_model_len": max_length}]}
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -261,11 +272,11 @@ def _add_routes(app: FastAPI, service: ChatService) -> None:
             "status": "ok",
             "model": service.name,
             "fingerprint": service.fingerprint,
-            "queued": service.batcher.queued,
+            "queued": queued(),
         }
 
 
-def _add_errors(app: FastAPI) -> None:
+def add_errors(app: FastAPI) -> None:
     """Every error leaves in OpenAI's shape."""
 
     @app.exception_handler(ApiError)
@@ -303,7 +314,11 @@ def fingerprint(checkpoint: str) -> str:
     """Names the weights that answer: a hash of the files' names and sizes and of the end of each (at most 1 MiB)."""
     path = Path(checkpoint)
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json", ".jinja"))
+        found = [
+            *path.iterdir(),
+            *path.glob("member-*/*"),
+        ]  # an ensemble of reward models has a folder per member
+        files = sorted(p for p in found if p.suffix in (".safetensors", ".json", ".jinja"))
     else:
         files = [path] if path.is_file() else []
     digest = hashlib.sha256(checkpoint.encode() if not files else b"")
