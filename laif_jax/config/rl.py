@@ -54,8 +54,8 @@ class RewardSpec(TrainSpec):
             raise ValueError("`learning_rates` must be different numbers above 0")
         if self.members > 1 and self.optimizer.name == "adafactor":
             raise ValueError(
-                "`optimizer.name: adafactor` clips by statistics over a whole array, in which an ensemble's members lie "
-                "together; with `members` above 1 use adamw, rmsprop or lion"
+                "`optimizer.name: adafactor` clips by statistics over a whole array, in which an ensemble's members "
+                "lie together; with `members` above 1 use adamw, rmsprop or lion"
             )
         if self.learning_rates and "learning_rate" in self.optimizer.model_fields_set:
             raise ValueError("give one of `optimizer.learning_rate` and `learning_rates`, the sweep")

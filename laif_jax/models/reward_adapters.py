@@ -79,7 +79,7 @@ def base_fingerprint(params: Params) -> str:
         for i in (
             range(leaf.shape[0]) if path[0] == "layers" else (...,)
         ):  # a whole leaf is too much for a host
-            part = gather_to_host(jnp.asarray(leaf[i]).astype(jnp.bfloat16))
+            part = np.asarray(gather_to_host(leaf[i])).astype(jnp.bfloat16)
             digest.update(np.ascontiguousarray(part).view(np.uint8).data)
     return digest.hexdigest()
 
