@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from laif_jax.models.arch import ModelConfig
 from laif_jax.models.decoder import decode_step, init_cache, logits, prefill
+from laif_jax.models.reward import for_members
 from laif_jax.rollout.engine import DecodeState, RowSettings, emit, unstack
 from laif_jax.rollout.placement import row_sharding
 from laif_jax.rollout.ppo_heads import (
@@ -45,7 +46,7 @@ class ScorerConfig:
 
     Attributes:
       cfg: its architecture (with `lora` where it is adapters on the policy's base).
-      members: 1, or how many are stacked on a leading axis of every parameter.
+      members: 1, or how many are stacked on a leading axis of their own parameters (`models.reward`).
       how: what an ensemble's scores become: "mean", "min" or "lower" (mean minus standard deviation).
       end_of_context: a token put after every response, at which the score is read; None: the response's last token.
     """
@@ -314,10 +315,8 @@ def _reward(
         hidden = row_hidden(params, scorer.cfg, tokens, totals, dtype=jnp.dtype(dtype))
         return last_score(params, scorer.cfg, hidden, totals)
 
-    if scorer.members == 1:
-        scores = one(model["params"])
-    else:
-        every = jax.vmap(one)(model["params"])  # [K, R]
-        scores = every.min(axis=0) if scorer.how == "min" else every.mean(axis=0)
+    scores = for_members(one, model["params"], scorer.cfg, scorer.members)  # [R] or [K, R]
+    if scorer.members > 1:
+        every, scores = scores, scores.min(axis=0) if scorer.how == "min" else scores.mean(axis=0)
         scores = scores - every.std(axis=0) if scorer.how == "lower" else scores
     return (scores - model["mean"]) / model["std"]

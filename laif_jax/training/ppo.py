@@ -113,9 +113,10 @@ def make_update(
       and micro-batch, -1 for padding. `hyper`: float32 scalars, but `learning_rate` [U] and `weights`, a dict of the
       rewards' weights.
 
-      Metrics: float32 scalars under TRL's names, `healthy` (1; 0 if an update was refused because its loss or gradient
-      was not finite, after which nothing more was changed), `finite` bool [U, A, R]: which rows' log-probs, values and
-      losses were finite; `update_finite` bool [U].
+      Metrics: float32 scalars under TRL's names; `healthy`: 1, or 0 if something was not finite. If it was the
+      experience, nothing was changed; if the loss or gradient of an update, that one and all after it were refused.
+      For naming examples: `rows_finite` bool [B], of the experience; `finite` bool [U, A, R], of each row's log-probs
+      and values in each update; `update_finite` bool [U].
     """
     leaves, treedef = jax.tree.flatten(replace(state_shardings, frozen={}))
     run = _compiled(config, cast(Any, optimizer), mesh, treedef, tuple(leaves))
@@ -145,9 +146,12 @@ def _compiled(config: UpdateConfig, optimizer: Any, mesh: Mesh, treedef: Any, le
         TRACES["update"] += 1
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             found = experience(config, rollout, scores, weight, hyper)
+            rows_finite = finite_rows(rollout, found)
+            state = replace(state, healthy=state.healthy & rows_finite.all())
             learner = _Learner(config, optimizer, frozen, reference, rollout, found, hyper, shardings)
             state, metrics = learner.all_updates(state, order)
-            return state, metrics | _rollout_side(config, rollout, found, scores, weight, hyper)
+            metrics |= _rollout_side(config, rollout, found, scores, weight, hyper)
+            return state, metrics | {"rows_finite": rows_finite}
 
     return jax.jit(
         update,
@@ -202,6 +206,13 @@ def _advantages(
     if config.whiten_advantages and config.algorithm != "grpo":
         advantages = whiten(advantages, mask)
     return advantages, returns
+
+
+def finite_rows(rollout: Rollout, found: Experience) -> Array:
+    """Which rows, bool [B], are finite in all that their rewards are made of; rows that do not count are."""
+    tokens = [rollout.logps, rollout.ref_logps, rollout.values, found.kl]
+    good = [jnp.isfinite(jnp.where(found.mask > 0, x, 0.0)).all(axis=1) for x in tokens]
+    return functools.reduce(jnp.logical_and, good) & jnp.isfinite(found.scores)
 
 
 def _rollout_side(
