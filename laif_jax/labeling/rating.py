@@ -11,10 +11,11 @@ over the ten. What the chat protocol tells, and what it does not:
   probability is divided: exact. Where "1" was only an alternative, nothing is told about what would have followed. If
   "10" stands in the same list as a token of its own, such a "1" is 1. Otherwise its probability is *ambiguous*: it is
   divided between 1 and 10 as their neighbours 2 and 9 stand to each other (left out if neither is there), and
-  recorded. The same is recorded of a sampled "1" that ends the answer, which counts as 1. The score is off by at most
-  9 * ambiguous / mass.
-* A number that is not among the top tokens counts as 0. The probability of everything that is not listed at all is
-  recorded too (`unlisted`): it bounds what was missed.
+  recorded. The same is recorded of a sampled "1" that ends the answer, which counts as 1.
+* A number that is not among the top tokens counts as 0. The probability of everything that is not listed, and of white
+  space that was not sampled, is recorded too (`unlisted`).
+
+So the score is off by at most 9 * (ambiguous + unlisted) / (mass - ambiguous), and exact where both are 0.
 
 An answer whose number is not one of the ten ("0", "85") is no rating, however probable the ten were beside it.
 """
@@ -31,7 +32,6 @@ from laif_jax.labeling.answers import Answer, Rendered, Token
 from laif_jax.records import Status
 
 SCORES = tuple(range(1, 11))
-_TEN = frozenset(map(str, SCORES))
 MAX_TEXT = 20_000  # characters of an answer that are looked at
 # White space, punctuation, and what some servers show for white space in a token.
 _MARKS = " \t\r\n()[]{}*_.,:;\"'`\u2581\u0120\u010a"
@@ -159,11 +159,11 @@ class RatingParser:
         first token where there is none.
         """
         for position, token in enumerate(_unpadded(tokens, self.options.search)):
-            digits = re.match(r"[0-9]", token.token.strip(_MARKS))
+            digits = re.match(r"\d", token.token.strip(_MARKS))
             if digits is None:
                 continue
             text = "".join(t.token for t in tokens[position:]).lstrip(_MARKS)
-            match = re.match(r"[0-9]{1,18}", text)
+            match = re.match(r"\d{1,18}", text)
             while position > 0 and not tokens[position - 1].token.strip(_MARKS):
                 position -= 1
             return position, int(match.group()) if match else None
@@ -204,13 +204,18 @@ def _walk(tokens: Sequence[Token], finish_reason: str) -> _Found:
         for text, p in listed:
             number = _number(text)
             if number is None:
-                continue
-            if number > 1 or not text.endswith("1"):
+                # White space that was not sampled: what would have followed is not told.
+                found.unlisted += weight * p if text != token.token and not text.strip(_MARKS) else 0.0
+            elif number > 1 or not text.endswith("1"):
                 found.p[number - 1] += weight * p
-            elif text == token.token:
-                _after_one(found, weight * p, tokens[position + 1 :], has_ten or finish_reason != "length")
+            elif text == token.token and position + 1 < len(tokens):
+                _after_one(found, weight * p, tokens[position + 1])
             elif has_ten:
                 found.p[0] += weight * p
+            elif text == token.token and finish_reason != "length":
+                # The answer is 1; how likely a "0" was at its end, endpoints do not tell.
+                found.p[0] += weight * p
+                found.ended += weight * p
             else:
                 found.ambiguous += weight * p
         if token.token.strip(_MARKS):
@@ -219,16 +224,9 @@ def _walk(tokens: Sequence[Token], finish_reason: str) -> _Found:
     return found
 
 
-def _after_one(found: _Found, mass: float, rest: Sequence[Token], is_whole: bool) -> None:
-    """Divides the probability of a sampled "1" by what the next position says. `is_whole`: a "1" without a next
-    position is the whole answer, not one that was cut off."""
-    if not rest:
-        # The answer is 1; what "0" had at its end, endpoints do not tell.
-        found.p[0] += mass if is_whole else 0.0
-        found.ended += mass if is_whole else 0.0
-        found.ambiguous += 0.0 if is_whole else mass
-        return
-    listed = _alternatives(rest[0])
+def _after_one(found: _Found, mass: float, following: Token) -> None:
+    """Divides the probability of a sampled "1" by what the next position says."""
+    listed = _alternatives(following)
     ambiguous = max(0.0, 1.0 - math.fsum(p for _, p in listed))
     found.ambiguous += mass * ambiguous
     for text, p in listed:
@@ -250,7 +248,9 @@ def _alternatives(token: Token) -> list[tuple[str, float]]:
 def _number(text: str) -> int | None:
     """Which of the ten a token spells."""
     text = text.strip(_MARKS)
-    return int(text) if text in _TEN else None
+    if not 1 <= len(text) <= 2 or not text.isdecimal() or text[0] == "0":
+        return None
+    return int(text) if int(text) in SCORES else None
 
 
 def _divide(found: _Found) -> list[float]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from laif_jax.config.schema import SimulatedSpec
 from laif_jax.labeling.calls import Endpoint
-from laif_jax.labeling.jobs import CompleteJob, JobStatus, JudgeJob, Runner
+from laif_jax.labeling.jobs import Job, JobStatus, JudgeJob, Runner
 from laif_jax.labeling.store import Store
 from laif_jax.records import Comparison, Completion, Judgement, Prompt
 
@@ -50,7 +50,7 @@ def simulated(max_attempts: int = 6, concurrency: int = 8, **spec: Any) -> Endpo
     )
 
 
-def run_job(folder: Path, job: JudgeJob | CompleteJob) -> tuple[JobStatus, list[dict], list[dict]]:
+def run_job(folder: Path, job: Job) -> tuple[JobStatus, list[dict], list[dict]]:
     """Runs a job in this process; returns its status, final results and single-order results."""
 
     async def run() -> tuple[JobStatus, list[dict], list[dict]]:
@@ -149,7 +149,7 @@ class FakeEndpoint:
         with self._lock:
             number = sum(self.calls.values())
             self.calls[key] += 1
-            self.headers.append(dict(handler.headers))
+            self.headers.append({name.title(): value for name, value in handler.headers.items()})
             self.bodies.append(request)
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
