@@ -1,11 +1,40 @@
 """Schemas of endpoints, teachers, critics and the labelling service."""
 
-from typing import Literal
+import json
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from laif_jax.config.base import Fraction, Positive, Spec
+
+_NOT_OPTIONS = {
+    "model",
+    "messages",
+    "contents",
+    "system",
+    "stream",
+    "n",
+    "candidateCount",
+    "logprobs",
+    "top_logprobs",
+}
+
+
+def _check_options(options: dict[str, Any]) -> dict[str, Any]:
+    """More fields of a request's body: they are stored with each request, so no secrets, and nothing that calls set."""
+    if taken := sorted(_NOT_OPTIONS & set(options)):
+        raise ValueError(f"`options` must not hold {', '.join(taken)}: the calls themselves set them")
+    if secret := sorted(name for name in options if "key" in name.lower() or "secret" in name.lower()):
+        raise ValueError(f"`options` must not hold {', '.join(secret)}: they are stored. Use `api_key_env`")
+    try:
+        json.dumps(options, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`options` must be plain JSON values: {error}") from error
+    return options
+
+
+Options = Annotated[dict[str, Any], AfterValidator(_check_options)]
 
 
 class SimulatedSpec(Spec):
@@ -21,6 +50,11 @@ class SimulatedSpec(Spec):
       sharpness: of a critic that gives log-probs: how far its probability is from 1/2 (logit of its verdict).
       tie_rate, position_bias (logit towards the first shown), length_bias (logit per unit of relative length).
       failure_rate, rate_limit_rate, refusal_rate, garbage_rate, empty_rate: chances of that misbehaviour per attempt.
+      timeout_rate, truncated_rate, malformed_rate: chances per attempt that no answer comes in time, that its body
+        breaks off, or that it is JSON of another shape.
+      retry_after: seconds that a rate limit asks to wait.
+      drift: chance that the present `version` answers an item otherwise than version 0 would: the draw is made anew.
+        version: of the model behind the name, as its fingerprint tells.
       latency: seconds per call.
     """
 
@@ -37,6 +71,12 @@ class SimulatedSpec(Spec):
     refusal_rate: Fraction = 0.0
     garbage_rate: Fraction = 0.0
     empty_rate: Fraction = 0.0
+    timeout_rate: Fraction = 0.0
+    truncated_rate: Fraction = 0.0
+    malformed_rate: Fraction = 0.0
+    retry_after: float = Field(default=0.0, ge=0)
+    drift: Fraction = 0.0
+    version: int = Field(default=0, ge=0)
     latency: float = Field(default=0.0, ge=0)
     seed: int = 0
 
@@ -50,22 +90,40 @@ class SimulatedSpec(Spec):
         return self
 
 
+_REMOTE = ("openai", "anthropic", "google")
+
+
 class EndpointSpec(Spec):
     """A model that answers requests: a teacher, a critic or a judge.
 
     Attributes:
-      provider: "openai": any OpenAI-compatible endpoint at `base_url`; "simulated": planted truth; "llama_cpp": a
-        llama.cpp server over the local file `gguf`, started and stopped by `laif run`; "checkpoint": our own model
-        server over the folder `checkpoint`, likewise.
+      provider: "openai": any OpenAI-compatible endpoint at `base_url`; "anthropic"; "google": Gemini, by API key, or on
+        Vertex AI with `project`; "simulated": planted truth; "llama_cpp": a llama.cpp server over the local file
+        `gguf`, started and stopped by `laif run`; "checkpoint": our own model server over the folder `checkpoint`,
+        likewise.
       api_key_env: the *name* of the environment variable that holds the key; keys are never written in a config.
+      api_key_file: a file with the key alone, mode 600; one of the two.
+      project, location: of Vertex AI, with Google's application default credentials instead of a key.
+      options: more fields of each request's body (`reasoning_effort: low`); null leaves a field out.
+      client: of "openai": "sdk" is the official package; "plain" needs no extra package and costs less per call.
+      cassette: a file of recorded exchanges. cassette_mode: "record" adds to it, "replay" answers from it alone.
       concurrency: calls in flight at most. timeout: seconds per call. max_attempts: tries per call.
-      prompt_price, completion_price: US dollars per million tokens, for the report's costs; None: not known.
+      prompt_price, completion_price: US dollars per million tokens; None: those of the price table.
+      cached_prompt_price: of prompt tokens that the endpoint had cached; None: as `prompt_price`.
+      batch_discount: what a batch is cheaper by (0.5: half the price); None: nothing, with prices given here.
     """
 
-    provider: Literal["openai", "simulated", "llama_cpp", "checkpoint"]
+    provider: Literal["openai", "anthropic", "google", "simulated", "llama_cpp", "checkpoint"]
     model: str = "default"
     base_url: str | None = None
     api_key_env: str | None = None
+    api_key_file: str | None = None
+    project: str | None = None
+    location: str | None = None
+    options: Options = Field(default_factory=dict)
+    client: Literal["sdk", "plain"] = "sdk"
+    cassette: str | None = None
+    cassette_mode: Literal["replay", "record"] = "replay"
     gguf: str | None = None
     checkpoint: str | None = None
     simulated: SimulatedSpec | None = None
@@ -75,11 +133,15 @@ class EndpointSpec(Spec):
     max_attempts: Positive = 6
     prompt_price: float | None = Field(default=None, ge=0)
     completion_price: float | None = Field(default=None, ge=0)
+    cached_prompt_price: float | None = Field(default=None, ge=0)
+    batch_discount: Fraction | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "EndpointSpec":
         needs = {
             "openai": "base_url",
+            "anthropic": "model",
+            "google": "model",
             "simulated": "simulated",
             "llama_cpp": "gguf",
             "checkpoint": "checkpoint",
@@ -95,23 +157,44 @@ class EndpointSpec(Spec):
             )
         if (self.prompt_price is None) != (self.completion_price is None):
             raise ValueError("give both of `prompt_price` and `completion_price`, or none")
+        for option in ("cached_prompt_price", "batch_discount"):
+            if getattr(self, option) is not None and self.prompt_price is None:
+                raise ValueError(f"`{option}` needs `prompt_price` and `completion_price` beside it")
+        if self.provider in ("anthropic", "google") and "model" not in self.model_fields_set:
+            raise ValueError(f"`provider: {self.provider}` needs `model`, the name of one of its models")
+        if self.api_key_env and self.api_key_file:
+            raise ValueError("give one of `api_key_env` and `api_key_file`")
+        if self.project and (self.api_key_env or self.api_key_file):
+            raise ValueError("`project` asks Vertex AI, with Google's own credentials: remove the API key")
+        if self.location and not self.project:
+            raise ValueError("`location` is Vertex AI's: it needs `project`")
         return self
 
     def unused(self) -> dict[str, tuple[str, str]]:
         users = {
-            "base_url": ("openai",),
-            "api_key_env": ("openai",),
+            "base_url": _REMOTE,
+            "api_key_env": _REMOTE,
+            "api_key_file": _REMOTE,
+            "project": ("google",),
+            "location": ("google",),
+            "options": (*_REMOTE, "llama_cpp", "checkpoint"),
+            "client": ("openai",),
+            "cassette": _REMOTE,
+            "cassette_mode": _REMOTE,
             "simulated": ("simulated",),
             "gguf": ("llama_cpp",),
             "checkpoint": ("checkpoint",),
             "context_length": ("llama_cpp",),
         }
         choice = f"`provider: {self.provider}`"
-        return {
+        unused = {
             option: (choice, f"`provider: {names[0]}`")
             for option, names in users.items()
             if self.provider not in names
         }
+        if self.cassette is None:
+            unused.setdefault("cassette_mode", ("no `cassette`", "`cassette`"))
+        return unused
 
 
 class TeacherSpec(Spec):

@@ -43,7 +43,7 @@ SERVICES = {
     "google": "https://generativelanguage.googleapis.com",
 }
 # Settings of simulated endpoints that came after the first release.
-_SINCE = ("timeout_rate", "truncated_rate", "malformed_rate", "retry_after", "drift", "version")
+_SINCE = ("timeout_rate", "truncated_rate", "malformed_rate", "drift")
 VERTEX = "https://aiplatform.googleapis.com"
 
 
@@ -93,8 +93,8 @@ class Endpoint(BaseModel):
         if self.provider == "simulated":
             if self.simulated is None:
                 raise ValueError("a simulated endpoint needs `simulated`")
-            # Latency does not change an answer, so it does not re-ask.
-            settings = self.simulated.model_dump(mode="json", exclude={"latency"})
+            # Latency does not change an answer, so it does not re-ask; nobody tells us of a new version.
+            settings = self.simulated.model_dump(mode="json", exclude={"latency", "version", "retry_after"})
             for name in _SINCE:
                 if settings[name] == SimulatedSpec.model_fields[name].default:
                     del settings[name]  # older answers keep their key

@@ -8,10 +8,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from laif_jax.labeling.answers import Answer, read_answer
+from laif_jax.labeling.answers import Answer
 from laif_jax.labeling.calls import Call, Endpoint
 from laif_jax.labeling.errors import CallError
-from laif_jax.labeling.providers import Provider, make_provider
+from laif_jax.labeling.providers import Provider, make_provider, read_reply
 from laif_jax.labeling.store import Row, Store, now
 
 log = logging.getLogger(__name__)
@@ -142,8 +142,7 @@ class Scheduler:
                 self.store.write(states=[_state(call, "in_flight", attempt)])
                 started = time.perf_counter()
                 try:
-                    body = await lane.provider.call(call, attempt)
-                    answer = read_answer(body, needs_logprobs=call.needs_logprobs)
+                    reply = await lane.provider.call(call, attempt)
                 except CallError as error:
                     reason, passing, failure = error.reason, error.retryable, error
                     latency = time.perf_counter() - started
@@ -151,7 +150,7 @@ class Scheduler:
                 else:
                     breaker.success()
                     return await self._store_answer(
-                        call, attempt, body, answer, time.perf_counter() - started
+                        call, attempt, reply.raw, reply.answer, time.perf_counter() - started
                     )
             last = attempt + 1 == attempts_before + call.endpoint.max_attempts
             if not failure.retryable or last:
@@ -237,7 +236,7 @@ def request_row(call: Call) -> Row:
 def stored_outcome(call: Call, row: Row) -> Outcome | None:
     """The outcome in a stored response; None if it cannot be read as this call needs it."""
     try:
-        answer = read_answer(json.loads(row["body"]), needs_logprobs=call.needs_logprobs)
+        answer = read_reply(call, json.loads(row["body"])).answer
     except (CallError, ValueError):
         return None
     return Outcome(call.key, answer, latency=row["latency"], date=row["date"], cached=True)

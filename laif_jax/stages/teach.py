@@ -73,10 +73,11 @@ def teacher_settings(ctx: StudyContext, spec: TeacherSpec) -> dict[str, Any]:
 def endpoint_settings(ctx: Context, name: str) -> dict[str, Any]:
     """The settings of an endpoint that its answers depend on. A local model counts by its weights, not by its path."""
     operational = {
-        *("concurrency", "timeout", "max_attempts", "api_key_env"),
-        *("prompt_price", "completion_price"),
+        *("concurrency", "timeout", "max_attempts", "api_key_env", "api_key_file", "client"),
+        *("prompt_price", "completion_price", "cached_prompt_price", "batch_discount"),
     }
     spec = ctx.config.endpoints[name]
+    operational |= {option for option in ("options", "cassette") if not getattr(spec, option)}
     settings = {key: value for key, value in spec.resolved().items() if key not in operational}
     if spec.gguf in fetch.KNOWN:  # its weights are known by its name
         return settings

@@ -22,9 +22,14 @@ per unit of relative length. With probability 1 - `accuracy`, one draw per text,
 target starts from 1 - quality. In a log-prob format the ten probabilities are the answer; in a text format the most
 probable score is. `tie_rate` and `position_bias` have no meaning here.
 
-Misbehaviour is drawn per attempt, in this order: failure (HTTP 500), rate limit (HTTP 429), empty (no choices),
-refusal, garbage (text that answers nothing). Only these depend on the attempt; all draws depend on the seed, the
-model's name and the content alone, never on time, order or concurrency.
+Misbehaviour is drawn per attempt, in this order: failure (HTTP 500), rate limit (HTTP 429, with `Retry-After`), empty
+(no choices), refusal, garbage (text that answers nothing), timeout, truncated (a body that breaks off), malformed (JSON
+of another shape). Only these depend on the attempt; all draws depend on the seed, the model's name and the content
+alone, never on time, order or concurrency.
+
+Drift: a model that changes behind its name. From `version` 1 on, the draws of an item are made anew with probability
+`drift`, otherwise they are those of version 0. The version is told by the fingerprint and is no part of a request's
+key, as with real models: who wants to see drift must ask again.
 
 A teacher of the world "symbols" carries out each step of an instruction with probability `skill`; its errors are
 independent draws, or habits (`symbols.teacher_answer`). One of the world
@@ -41,7 +46,8 @@ from functools import lru_cache
 from typing import Any
 
 from laif_jax.labeling.calls import Call, Endpoint, Truth
-from laif_jax.labeling.errors import CallError
+from laif_jax.labeling.errors import BadRequest, CallTimeout, Malformed, Overloaded, RateLimited
+from laif_jax.labeling.providers.base import Reply, read_reply
 from laif_jax.labeling.rating import SCORES, RatingParser
 from laif_jax.worlds import symbols
 
@@ -64,35 +70,43 @@ def _symbols_quality(instruction: str, text: str) -> float:
 class SimulatedProvider:
     """See the module's text."""
 
-    free = True
-
     def __init__(self, endpoint: Endpoint) -> None:
         assert endpoint.simulated is not None  # Endpoint checks it
         self.endpoint = endpoint
         self.spec = endpoint.simulated
+        self.free = self.spec.retry_after == 0  # who asks for a waiting time wants it kept
         # Without latency, calls in flight have no meaning; many at once share one commit of the store.
         self.width = endpoint.concurrency if self.spec.latency else max(endpoint.concurrency, 256)
 
-    async def call(self, call: Call, attempt: int) -> dict[str, Any]:
+    async def call(self, call: Call, attempt: int) -> Reply:
         if self.spec.latency:
             await asyncio.sleep(self.spec.latency)
+        return read_reply(call, self._answer(call, attempt))
+
+    def _answer(self, call: Call, attempt: int) -> dict[str, Any]:
+        """The decoded body; raises `CallError`."""
         truth = call.truth
         if truth is None:
-            raise CallError("bad_request", "a simulated endpoint needs to be told what the call is about")
+            raise BadRequest(reason="a simulated endpoint needs to be told what the call is about")
         spec = self.spec
         draws = iter(_draws("attempt", spec.seed, call.key, attempt))
         if next(draws) < spec.failure_rate:
-            raise CallError("server_error", "simulated failure (HTTP 500)", retryable=True)
+            raise Overloaded(reason="simulated failure (HTTP 500)")
         if next(draws) < spec.rate_limit_rate:
-            raise CallError(
-                "rate_limited", "simulated rate limit (HTTP 429)", retryable=True, retry_after=0.0
-            )
+            raise RateLimited(reason="simulated rate limit (HTTP 429)", retry_after=spec.retry_after)
         if next(draws) < spec.empty_rate:
             return self._wire(call, None)
         if next(draws) < spec.refusal_rate:
             return self._wire(call, {"role": "assistant", "content": None, "refusal": _REFUSAL})
         if next(draws) < spec.garbage_rate:
             return self._wire(call, {"role": "assistant", "content": _GARBAGE}, (("zxq", -0.05), ("8", -4.0)))
+        if next(draws) < spec.timeout_rate:
+            raise CallTimeout(reason="simulated time-out")
+        if next(draws) < spec.truncated_rate:
+            body = '{"object": "chat.completion", "choices": [{"index": 0, "mess'
+            raise Malformed("non_json", f"simulated body that breaks off ({body})", body=body)
+        if next(draws) < spec.malformed_rate:
+            return {"object": "error", "detail": "simulated body of another shape"}
         try:
             if truth.parser is None:
                 return self._wire(call, {"role": "assistant", "content": self._complete(call, truth)})
@@ -101,11 +115,20 @@ class SimulatedProvider:
             else:
                 answer = truth.parser.render(*self._verdict(truth))
         except symbols.SymbolsError as error:
-            raise CallError("bad_request", f'the world "symbols" cannot read this prompt: {error}') from error
+            raise BadRequest(reason=f'the world "symbols" cannot read this prompt: {error}') from error
         return self._wire(call, {"role": "assistant", "content": answer.text}, answer.top)
 
+    def _version(self, *content: Any) -> tuple[Any, ...]:
+        """What an item's draws depend on beside its content: nothing, or the version if it drifted."""
+        spec = self.spec
+        if not spec.version or not spec.drift:
+            return ()
+        drifted = _draws("drift", spec.seed, self.endpoint.model, spec.version, *content)[0] < spec.drift
+        return (spec.version,) if drifted else ()
+
     def _complete(self, call: Call, truth: Truth) -> str:
-        spec, seed = self.spec, (self.spec.seed, self.endpoint.model, truth.instruction, call.sample)
+        spec, version = self.spec, self._version(truth.instruction, call.sample)
+        seed = (spec.seed, self.endpoint.model, truth.instruction, call.sample, *version)
         if spec.world == "symbols":
             number = int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:8], "big")
             habits = f"{spec.seed}-{self.endpoint.model}" if spec.errors == "habitual" else None
@@ -122,9 +145,9 @@ class SimulatedProvider:
             return planted
         if mark := _MARK.match(text):
             return float(mark.group(1))
-        raise CallError(
-            "bad_request",
-            'the world "planted" needs `meta.quality` in each completion, or a text that starts with [quality 0.5]',
+        raise BadRequest(
+            reason='the world "planted" needs `meta.quality` in each completion, or a text that starts with '
+            "[quality 0.5]",
         )
 
     def _verdict(self, truth: Truth) -> tuple[float, bool]:
@@ -134,7 +157,10 @@ class SimulatedProvider:
             first, truth.quality[0], truth.instruction
         )
         pair = sorted((first, second))
-        right, tie, coin, *_ = _draws("verdict", spec.seed, self.endpoint.model, truth.instruction, *pair)
+        version = self._version(truth.instruction, *pair)
+        right, tie, coin, *_ = _draws(
+            "verdict", spec.seed, self.endpoint.model, truth.instruction, *pair, *version
+        )
         base = 0.0
         if difference != 0 and tie >= spec.tie_rate:
             base = math.copysign(spec.sharpness, difference if right < spec.accuracy else -difference)
@@ -146,7 +172,8 @@ class SimulatedProvider:
         """Log-probabilities of the scores 1 to 10."""
         spec, text = self.spec, truth.first or ""
         quality = self._quality(text, truth.quality[0], truth.instruction)
-        right, *_ = _draws("rating", spec.seed, self.endpoint.model, truth.instruction, text)
+        version = self._version(truth.instruction, text)
+        right, *_ = _draws("rating", spec.seed, self.endpoint.model, truth.instruction, text, *version)
         if right >= spec.accuracy:
             quality = 1.0 - quality
         target = 1.0 + 9.0 * quality + spec.length_bias / spec.sharpness * len(text) / (len(text) + 50)
@@ -166,11 +193,12 @@ class SimulatedProvider:
                 alternatives = [{"token": token, "logprob": logprob} for token, logprob in top]
                 choice["logprobs"] = {"content": [{**alternatives[0], "top_logprobs": alternatives}]}
             choices.append(choice)
+        version = self.spec.version
         written = len(((message or {}).get("content") or "").split())
         return {
             "object": "chat.completion",
             "model": self.endpoint.model,
-            "system_fingerprint": self.endpoint.identity,
+            "system_fingerprint": self.endpoint.identity + (f"-v{version}" if version else ""),
             "choices": choices,
             "usage": {
                 "prompt_tokens": sum(len(m["content"].split()) for m in call.messages),
