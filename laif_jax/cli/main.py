@@ -40,11 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # ---- verbs -----------------------------------------------------------------------------------------------------
 
 
-def _check_config(options: argparse.Namespace) -> None:
+def _check_config(options: argparse.Namespace, schema: str = "StudyConfig") -> None:
     """Tells a mistake in the configuration at once; what the verbs import takes seconds."""
-    from laif_jax.config import load_config
+    from laif_jax import config
 
-    load_config(options.config, options.overrides)
+    config.load_config(options.config, options.overrides, getattr(config, schema))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -52,6 +52,13 @@ def _run(options: argparse.Namespace) -> int:
     from laif_jax.studies.run import run_study
 
     return run_study(options.config, options.overrides)
+
+
+def _reward(options: argparse.Namespace) -> int:
+    _check_config(options, "RewardConfig")
+    from laif_jax.studies.reward import run_reward
+
+    return run_reward(options.config, options.overrides)
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -63,9 +70,10 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from laif_jax.studies import reward
     from laif_jax.studies.run import rebuild_report
 
-    print(rebuild_report(options.run))
+    print(reward.rebuild(options.run) if reward.is_reward_run(options.run) else rebuild_report(options.run))
     return 0
 
 
@@ -132,12 +140,13 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     def with_config(added: argparse.ArgumentParser) -> None:
-        added.add_argument("config", help="a study's YAML file")
+        added.add_argument("config", help="a YAML file")
         added.add_argument(
             "overrides", nargs="*", metavar="key=value", help="settings that win over the file's"
         )
 
     with_config(verb("run", _run, "run a study to its report; finished stages are not run again"))
+    with_config(verb("reward", _reward, "train and measure a reward model on files of pairs"))
     inspect = verb("inspect", _inspect, "print real training batches, tokens coloured by loss weight")
     with_config(inspect)
     inspect.add_argument("--stage", choices=("sft", "dpo"), default="sft")
