@@ -54,7 +54,7 @@ def _existing(ctx: Context) -> Artifact:
     """Large weights are not copied: the artifact names their folder. A GGUF file is converted into the artifact."""
     source = resolve(ctx.config.model.source)
     is_gguf = source.endswith(".gguf")
-    settings = {"weights": _fingerprint(epath.Path(source)), "dtype": "float32" if is_gguf else None}
+    settings = {"weights": fingerprint(epath.Path(source)), "dtype": "float32" if is_gguf else None}
 
     def work(folder: epath.Path) -> dict[str, Any]:
         if not is_gguf:
@@ -64,7 +64,7 @@ def _existing(ctx: Context) -> Artifact:
     return run_stage("base", settings, {}, ctx.root, work)
 
 
-def _fingerprint(path: epath.Path, edge: int = 1 << 20) -> list[Any]:
+def fingerprint(path: epath.Path, edge: int = 1 << 20) -> list[Any]:
     """Names, sizes and hashes of both ends of a model's files: tells models apart without reading 100 GB."""
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
     found = []

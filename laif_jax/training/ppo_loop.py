@@ -299,6 +299,7 @@ class _Run:
                 quality.append(self.task.quality([p.prompt for p in part], rolled.completions))
         row = {
             "eval/reward": _mean(totals),
+            "eval/kl": _mean(kls),
             "eval/objective/kl": _mean(kls),
             "eval/response_length": _mean(lengths),
             "eval/ended": _mean(ended),
