@@ -75,7 +75,7 @@ def run(ctx: Context, prompts: Artifact, samples: Artifact, teacher: Artifact | 
         every = [judgement for parts in single.values() for judgement in parts]
         write_jsonl(folder / "judgements.jsonl.gz", judgements)
         write_jsonl(folder / "single_order_judgements.jsonl.gz", every)
-        write_jsonl(folder / "preferences.jsonl.gz", preferences)
+        write_jsonl(folder / label.PREFERENCES, preferences)
         return {
             "comparisons": len(comparisons),
             "preferences": len(preferences),

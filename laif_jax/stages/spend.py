@@ -6,6 +6,8 @@ from typing import TypedDict
 from laif_jax.config import EndpointSpec, IterateSpec
 from laif_jax.stages.artifact import Artifact
 
+_OURS = ("simulated", "llama_cpp", "checkpoint")
+
 
 class Spend(TypedDict):
     """Comparisons asked for, and US dollars (None: not known)."""
@@ -18,8 +20,8 @@ def spend_of(artifacts: Iterable[Artifact], endpoint: EndpointSpec | None) -> Sp
     """What finished stages of labels (`stages.label`, `stages.human`) used.
 
     Args:
-      endpoint: who was asked, whose present prices count; None: people, whom we do not pay. An endpoint on our own
-        machine (simulated, llama.cpp, checkpoint) costs nothing unless it has prices.
+      endpoint: who was asked, whose present prices count (without the discount for cached tokens: the cost is an upper
+        bound); None: people, who are paid elsewhere. An endpoint on our own machine costs nothing unless it has prices.
     """
     comparisons, prompt, completion = 0, 0.0, 0.0
     for artifact in artifacts:
@@ -34,7 +36,7 @@ def _cost(endpoint: EndpointSpec | None, prompt: float, completion: float) -> fl
         return 0.0
     if endpoint.prompt_price is not None and endpoint.completion_price is not None:
         return (prompt * endpoint.prompt_price + completion * endpoint.completion_price) / 1e6
-    return None if endpoint.provider == "openai" else 0.0
+    return 0.0 if endpoint.provider in _OURS else None
 
 
 def over_bounds(
