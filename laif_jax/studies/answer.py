@@ -68,13 +68,16 @@ def verdict(results: Mapping[str, Any], question: QuestionSpec) -> str:
         f"{number(row['delta'], 1, sign=True)} points (95% interval {number(low, 1, sign=True)} to "
         f"{number(high, 1, sign=True)}; {_where(results, row)})."
     )
+    # A question may also be about two ways of LAIF: rounds against one round, for example.
+    both = results["arms"][sft].get("method", "none") != "none"
+    first, second = (laif, sft) if both else (f"LAIF ({laif})", f"SFT ({sft})")
     if low > 0:
-        return f"Yes: LAIF ({laif}) is better than SFT ({sft}) here: {numbers}"
+        return f"Yes: {first} is better than {second} here: {numbers}"
     if high < 0:
-        return f"No: LAIF ({laif}) is worse than SFT ({sft}) here: {numbers}"
+        return f"No: {first} is worse than {second} here: {numbers}"
     detectable = row.get("detectable") or _POWER * (high - low) / 2
     return (
-        f"No detectable difference between LAIF ({laif}) and SFT ({sft}) here: {numbers} A study of this size would "
+        f"No detectable difference between {first} and {second} here: {numbers} A study of this size would "
         f"find a true difference of about {detectable:.1f} points four times in five; smaller ones remain possible."
     )
 
@@ -92,7 +95,11 @@ def caveats(results: Mapping[str, Any], question: QuestionSpec) -> list[str]:
         said.append("One training seed: the interval is about these two models, not about the recipes.")
     said += _judge_caveat(results.get("judge") or {})
     critic = laif.get("critic_endpoint")
-    if critic and critic == (results.get("judge") or {}).get("endpoint"):
+    if (
+        critic
+        and critic == (results.get("judge") or {}).get("endpoint")
+        and critic != sft.get("critic_endpoint")
+    ):
         said.append(
             f"Critic and judge are one model ({critic}): {question.laif} was trained towards what this judge likes, "
             "which favours it here."
@@ -105,6 +112,10 @@ def caveats(results: Mapping[str, Any], question: QuestionSpec) -> list[str]:
                 f"{question.laif}'s answers are {abs(ratio - 1):.0%} {more} than {question.sft}'s, and judges tend to "
                 "favour length."
             )
+    for name in (question.laif, question.sft):
+        drawn = (results.get("best_of_n") or {}).get(name)
+        if drawn and results["arms"][name].get("method") == "best_of_n":
+            said.append(f"{name} draws {drawn[0]['n']} samples for each answer, the other arm one.")
     thin = [
         name for name, arm in zip((question.laif, question.sft), arms) if (arm.get("coverage") or 1) < 0.98
     ]

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from laif_jax.studies.answer import PAPER_CONTEXT
 from laif_jax.studies.figures import arms_figure, comparisons_figure, curves_figure
+from laif_jax.studies.rl_figures import kl_figure, ppo_figure, reward_figure, rounds_figure
 from laif_jax.studies.table import is_laif, number, percent, printable, ranked_comparisons, results_table
 
 FOREST_ROWS = 14  # comparisons drawn; all are in the table
@@ -26,6 +27,7 @@ def write_report(
     results: Mapping[str, Any],
     curves: Mapping[str, Any] | None = None,
     samples: Sequence[Mapping[str, Any]] = (),
+    figures: Mapping[str, Any] | None = None,
 ) -> epath.Path:
     """Writes the report and returns its path.
 
@@ -34,10 +36,11 @@ def write_report(
       curves: {arm: {seed: training stage or list of them}}, a stage being {"stage", "step": [...], metric: [...]}.
       samples: [{"prompt", "reference", "outputs": {arm: text}, "verdicts": {arm: probability of beating the reference,
         or None}}].
+      figures: {"reward": [...], "ppo": [...]}, the curves that `rl_figures` draws.
     """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(results, curves or {}, samples))
+    path.write_text(render(results, curves or {}, samples, figures or {}))
     return path
 
 
@@ -50,13 +53,16 @@ def print_results(results: Mapping[str, Any], files: Mapping[str, Any]) -> None:
 
 
 def render(
-    results: Mapping[str, Any], curves: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
+    results: Mapping[str, Any],
+    curves: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    figures: Mapping[str, Any] | None = None,
 ) -> str:
     """The page as text; arguments as `write_report`."""
-    results, curves, samples = printable(results), printable(curves), printable(samples)
+    results, curves, samples, figures = map(printable, (results, curves, samples, figures or {}))
     comparisons = ranked_comparisons(results)
     verdicts, beside = _answers(results)
-    return _environment().get_template("report.html.jinja").render(
+    return environment().get_template("report.html.jinja").render(
         results=results,
         verdicts=verdicts,
         beside=beside,
@@ -73,7 +79,9 @@ def render(
             "arms": Markup(arms_figure(results)),
             "comparisons": Markup(comparisons_figure(comparisons[:FOREST_ROWS])),
             "curves": Markup(curves_figure(curves)),
+            **_reinforced_figures(results, figures),
         },
+        **_reinforced(results),
         forest_rows=FOREST_ROWS,
     )  # fmt: skip
 
@@ -117,6 +125,40 @@ def stage_totals(stages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return list(totals.values())
 
 
+def _reinforced(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables of reward models, reinforcement learning, rounds and best-of-n; empty where a study has none."""
+    rounds = results.get("rounds") or {}
+    chosen = results.get("best_of_n") or {}
+    return {
+        "rewards": results.get("rewards") or [],
+        "ppo": results.get("ppo") or [],
+        "kl_reward": [row for row in results.get("kl_reward") or [] if row["kl"]],
+        "rounds": rounds,
+        "round_rows": [{"arm": arm, **row} for arm, rows in rounds.items() for row in rows],
+        "chosen": [{"arm": arm, **row} for arm, rows in chosen.items() for row in rows],
+        "several_seeds": len(results.get("seeds") or []) > 1,
+    }
+
+
+def _reinforced_figures(results: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Markup]:
+    runs = figures.get("ppo") or []
+    names = dict.fromkeys(name for arms in (results.get("one_round") or {}).values() for name in arms)
+    single = {name: results["arms"][name] for name in names if name in results["arms"]}
+    made = {
+        "reward": reward_figure(figures.get("reward") or []),
+        "ppo_train": ppo_figure(runs, "train"),
+        "ppo_eval": ppo_figure(runs, "eval"),
+        "kl": kl_figure(results.get("kl_reward") or []),
+        "rounds": rounds_figure(results.get("rounds") or {}, single),
+    }
+    return {name: Markup(text) for name, text in made.items()}
+
+
+def points(share: float | None) -> str:
+    """A difference of shares in percentage points, with its sign; a dash for what is not known."""
+    return number(None if share is None else 100 * share, 1, sign=True)
+
+
 def _answers(results: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """What stands at the top: the verdicts, and below them, each once, what weakens them and the paper's finding."""
     rows = results.get("answers") or []
@@ -138,14 +180,14 @@ def _settings(results: Mapping[str, Any]) -> dict[str, str]:
 # ---- template --------------------------------------------------------------------------------------------------
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("laif_jax.studies"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = {"num": number, "pct": percent, "duration": duration, "verdict": verdict_name}
+    filters = {"num": number, "pct": percent, "points": points, "duration": duration, "verdict": verdict_name}
     environment.filters |= {name: _absent_is_none(function) for name, function in filters.items()}
     return environment
 

@@ -14,9 +14,11 @@ from laif_jax.evaluation.winrate import win_rate
 from laif_jax.records import read_jsonl
 from laif_jax.stages import evaluate
 from laif_jax.stages.artifact import Artifact, versions
+from laif_jax.stages.rounds import was_begun
 from laif_jax.studies.answer import answers
 from laif_jax.studies.graph import Node, Outcome
 from laif_jax.studies.laif import Replicate
+from laif_jax.studies.rl_results import collect_reinforced, not_begun
 
 Outcomes = Mapping[Node, Outcome]
 SAMPLES_SHOWN = 8
@@ -24,11 +26,12 @@ SAMPLES_SHOWN = 8
 
 @dataclasses.dataclass(frozen=True)
 class Collected:
-    """What the report is made from."""
+    """What the report is made from: `results.json`, and the parts of `report/data.json`."""
 
     results: dict[str, Any]
     curves: dict[str, Any]
     samples: list[dict[str, Any]]
+    figures: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def collect(
@@ -38,6 +41,8 @@ def collect(
     verdicts = {arm.name: _verdicts(arm.name, replicates, outcomes) for arm in expand_arms(config)}
     finished = {name: rows for name, rows in verdicts.items() if any(rows)}
     table = {name: _probabilities(rows) for name, rows in finished.items()}
+    reinforced = collect_reinforced(config, replicates, outcomes)
+    passed_over = not_begun(replicates, outcomes)
     results: dict[str, Any] = {
         "name": config.name,
         "scale": config.scale,
@@ -53,12 +58,13 @@ def collect(
         },
         "comparisons": _comparisons(config, table),
         "labels": _labels(config, replicates, outcomes),
-        "stages": [_stage_row(node, outcome) for node, outcome in outcomes.items()],
+        **reinforced.results,
+        "stages": [_stage_row(node, outcomes[node]) for node in outcomes if node not in passed_over],
         "warnings": [],
     }
     results["warnings"] = [*_warnings(config, results, outcomes), *_twins(finished)]
     results |= answers(results, questions(config))
-    return Collected(results, _curves(replicates, outcomes), _samples(finished))
+    return Collected(results, _curves(replicates, outcomes), _samples(finished), reinforced.figures)
 
 
 def questions(config: StudyConfig) -> list[QuestionSpec]:
@@ -134,7 +140,20 @@ def describe(arm: ArmSpec) -> str:
     text = f"SFT on {arm.share:.0%} of {arm.teacher}'s completions"
     if arm.optimize == "none":
         return text
-    return f"{text}, then {arm.optimize.upper()} on {arm.critic}'s judgements ({arm.pairs.replace('_', ' ')})"
+    if arm.optimize == "ppo" and arm.reward == "critic":
+        return f"{text}, then PPO on {arm.critic}'s ratings"
+    judgements = f"{arm.critic}'s judgements ({arm.pairs.replace('_', ' ')})"
+    return f"{text}, then {_LEARNING[arm.optimize]} {judgements}"
+
+
+_LEARNING = {
+    "dpo": "DPO on",
+    "ppo": "PPO against a reward model of",
+    "iterated_dpo": "DPO in rounds on",
+    "iterated_ppo": "PPO in rounds against reward models of",
+    "best_of_n": "the best of its samples by a reward model of",
+    "rejection_sampling": "SFT on the best of its samples by a reward model of",
+}
 
 
 def _comparisons(config: StudyConfig, table: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
@@ -181,7 +200,8 @@ def _labels(config: StudyConfig, replicates: Sequence[Replicate], outcomes: Outc
     """Per LAIF arm, the counts of its first seed's labels (each seed's are in its stage's manifest)."""
     found = {}
     for name, node in replicates[0].labels.items():
-        if artifact := outcomes[node].artifact:
+        artifact = outcomes[node].artifact
+        if artifact and was_begun(artifact):
             found[name] = {"seed": replicates[0].seed, **artifact.metrics}
     return found
 
@@ -221,6 +241,10 @@ def _warnings(config: StudyConfig, results: Mapping[str, Any], outcomes: Outcome
                 f"arm `{name}`: the critic named the same side in both orders in {same:.0%} of comparisons only, and "
                 f"the answer shown first in {first:.0%}: its labels say more about the order than about the answers"
             )
+    for name, rows in results["rounds"].items():
+        for row in rows:
+            if row.get("begun") is False and row["reason"]:
+                yield f"arm `{name}` (seed {row['seed']}): round {row['round']} was not begun: {row['reason']}"
     if config.seeds == 1:
         yield "one seed: intervals cover the choice of prompts, not the spread between training runs"
 
@@ -238,24 +262,43 @@ def _twins(finished: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> Any
 
 
 def _curves(replicates: Sequence[Replicate], outcomes: Outcomes) -> dict[str, Any]:
-    """arm -> seed -> list of training stages: {"stage", "step": [...], metric: [...]}."""
+    """arm -> seed -> list of training stages: {"stage", "step": [...], metric: [...]}; rounds of an arm are one stage
+    each, and one that was not begun is none."""
     return {
         arm: {
-            str(replicate.seed): [
-                _curve(artifact) for node in replicate.training[arm] if (artifact := outcomes[node].artifact)
-            ]
+            str(replicate.seed): _stage_curves(
+                [artifact for node in replicate.training[arm] if (artifact := outcomes[node].artifact)]
+            )
             for replicate in replicates
         }
         for arm in replicates[0].arms
     }
 
 
-def _curve(artifact: Artifact) -> dict[str, Any]:
-    rows = list(read_jsonl(artifact.path / "train" / "metrics.jsonl"))
-    names = ["step"] + [
-        name for name in ("loss", "rewards/margins", "rewards/accuracies") if rows and name in rows[0]
-    ]
-    return {"stage": artifact.manifest["kind"], **{name: [row.get(name) for row in rows] for name in names}}
+def _stage_curves(artifacts: Sequence[Artifact]) -> list[dict[str, Any]]:
+    distinct = {artifact.key: artifact for artifact in artifacts}.values()
+    return [curve for artifact in distinct if (curve := _curve(artifact))]
+
+
+# The metrics shown of each kind of stage; of others the loss.
+CURVES = {
+    "sft": ("loss",),
+    "dpo": ("loss", "rewards/margins", "rewards/accuracies"),
+    "reward": ("loss", "accuracy"),
+    "ppo": ("objective/scores", "objective/kl"),
+}
+
+
+def _curve(artifact: Artifact) -> dict[str, Any] | None:
+    """None where the stage kept no metrics of its training."""
+    path = artifact.path / "train" / "metrics.jsonl"
+    if not path.exists():
+        return None
+    rows = list(read_jsonl(path))
+    kind = artifact.manifest["kind"]
+    wanted = CURVES.get(kind, ("loss",))
+    names = ["step"] + [name for name in wanted if any(name in row for row in rows)]
+    return {"stage": kind, **{name: [row.get(name) for row in rows] for name in names}}
 
 
 def _samples(finished: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> list[dict[str, Any]]:

@@ -55,7 +55,8 @@ def run_study(config_path: str, overrides: Sequence[str] = ()) -> int:
     failed = any(outcome.artifact is None for outcome in outcomes.values())
     if distributed.is_main():
         collected = collect(config, config_path, replicates, outcomes)
-        write_json(root / "report" / "data.json", {"curves": collected.curves, "samples": collected.samples})
+        kept = {"curves": collected.curves, "samples": collected.samples, "figures": collected.figures}
+        write_json(root / "report" / "data.json", kept)
         write_json(root / "results.json", collected.results)
         page = _write_page(root, collected)
         print_results(collected.results, {"results": root / "results.json", "report": page})
@@ -74,7 +75,7 @@ def rebuild_report(folder: str) -> epath.Path:
         if not file.exists():
             raise StageError(f"{file}: no such file. `laif run CONFIG` writes it at the end of a study.")
     results, data = (json.loads(file.read_text()) for file in files)
-    return _write_page(root, Collected(results, data["curves"], data["samples"]))
+    return _write_page(root, Collected(results, data["curves"], data["samples"], data.get("figures") or {}))
 
 
 def study_folder(config: StudyConfig) -> epath.Path:
@@ -86,12 +87,16 @@ def study_folder(config: StudyConfig) -> epath.Path:
 def _targets(replicates: Sequence[Replicate]) -> list[Node]:
     # The judge's agreement first: it is cheap, and a judge that cannot be reached is found before anything is trained.
     checks = [replicate.agreement for replicate in replicates[:1] if replicate.agreement]
-    return checks + [node for replicate in replicates for node in replicate.arms.values()]
+    return checks + [node for replicate in replicates for node in replicate.targets()]
 
 
 def _write_page(root: epath.Path, collected: Collected) -> epath.Path:
     return write_report(
-        root / "report" / "index.html", collected.results, collected.curves, collected.samples
+        root / "report" / "index.html",
+        collected.results,
+        collected.curves,
+        collected.samples,
+        collected.figures,
     )
 
 

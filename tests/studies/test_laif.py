@@ -6,9 +6,11 @@ from typing import Any, cast
 import pytest
 from etils import epath
 
-from laif_jax.config import expand_arms
-from laif_jax.stages.artifact import Artifact
+from laif_jax.config import IterateSpec, expand_arms
+from laif_jax.config.load import SECTIONS
+from laif_jax.stages.artifact import Artifact, StageError
 from laif_jax.stages.context import StudyContext
+from laif_jax.stages.split import round_slice
 from laif_jax.studies import laif
 from laif_jax.studies.graph import Node, ordered
 from tests.studies import tiny
@@ -151,3 +153,131 @@ def test_a_judge_with_human_labels_is_checked(tmp_path):
     replicate = graph(tmp_path, evaluation__agreement="human.jsonl")
     assert isinstance(replicate.agreement, Node)
     assert replicate.agreement.inputs == {}
+
+
+# ---- arms beyond DPO -------------------------------------------------------------------------------------------
+
+TRAIN = tiny.TRAIN
+LEARNING: dict[str, Any] = {
+    "reward": {**TRAIN, "steps": 2},
+    "ppo": {"iterations": 4, "batch_size": 8, "sampling": {"max_new_tokens": 8}, "max_prompt_length": 24},
+    "best_of_n": {"n": 4},
+    "rejection_sampling": {"n": 3, "train": {**TRAIN, "steps": 2}},
+    "iterate": {"rounds": 3},
+}
+
+
+def learning(*methods: str, **changes: Any) -> dict[str, Any]:
+    """The changes to the tiny study for arms that learn by these methods, each named after its own."""
+    used = {section for method in methods for section in SECTIONS[method]}
+    sections = {name: section for name, section in LEARNING.items() if name in used}
+    if "dpo" not in used:
+        sections["dpo"] = ...
+    arms = [arm(method, optimize=method, critic="strong") for method in methods]
+    return {"arms": arms, **sections, **changes}
+
+
+def test_one_reward_model_serves_all_arms_on_the_same_labels(tmp_path):
+    replicate = graph(tmp_path, **learning("dpo", "ppo", "best_of_n", "rejection_sampling"))
+    rewards = replicate.rewards
+    assert set(rewards) == {"ppo", "best_of_n", "rejection_sampling"}
+    assert len({id(node) for node in rewards.values()}) == 1
+    assert rewards["ppo"].inputs["labels"] is replicate.labels["dpo"]
+    assert replicate.training["ppo"][-1].inputs["reward"] is rewards["ppo"]
+    assert replicate.chosen["best_of_n"].inputs["reward"] is rewards["ppo"]
+    # Best-of-n answers with its samples: no model is trained for it.
+    assert replicate.arms["best_of_n"].inputs["samples"] is replicate.chosen["best_of_n"]
+
+
+def test_ppo_on_a_critics_own_ratings_needs_no_labels(tmp_path):
+    changes = learning("ppo", reward=...)
+    changes["arms"][0]["reward"] = "critic"
+    changes["ppo"] = {**changes["ppo"], "value_init": "policy"}
+    replicate = graph(tmp_path, **changes)
+    assert replicate.labels == {}
+    assert replicate.rewards == {}
+    assert not any("labels" in name or "reward" in name for name in names(replicate))
+
+
+def test_a_sweep_runs_every_setting_once_beside_the_arms_own(tmp_path):
+    changes = learning("ppo")
+    changes["ppo"] = {**changes["ppo"], "sweep": {"kl_coefs": [0.05, 0.2], "learning_rates": [1e-6, 1e-5]}}
+    replicate = graph(tmp_path, **changes)
+    runs = replicate.runs["ppo"]
+    assert list(runs) == [(0.05, 1e-6), (0.05, 1e-5), (0.2, 1e-6), (0.2, 1e-5)]
+    assert runs[0.05, 1e-6] is replicate.training["ppo"][-1]
+    assert len({node.name for node in runs.values()}) == 4
+    assert all(node in replicate.targets() for node in runs.values())
+
+
+@pytest.mark.parametrize("method", ["iterated_dpo", "iterated_ppo"])
+def test_rounds_go_from_policy_to_policy(tmp_path, method):
+    replicate = graph(tmp_path, **learning(method))
+    rounds = replicate.rounds[method]
+    assert [r.number for r in rounds] == [1, 2, 3]
+    before = replicate.training[method][0]
+    for r in rounds:
+        assert r.samples.inputs["model"] is before
+        assert r.policy.inputs["model"] is before
+        before = r.policy
+    assert replicate.training[method][-1] is before
+    # The last round's evaluation is the arm's own.
+    assert [r.evaluation is None for r in rounds] == [False, False, True]
+    if method == "iterated_ppo":
+        assert len({id(r.reward) for r in rounds}) == 3
+        assert all(r.reward.inputs["model"] is replicate.training[method][0] for r in rounds)
+
+
+@pytest.mark.parametrize(("staleness", "counts"), [(0, [1, 1, 1]), (1, [1, 2, 2]), (5, [1, 2, 3])])
+def test_a_round_trains_on_no_labels_older_than_the_bound(tmp_path, staleness, counts):
+    changes = learning("iterated_dpo", iterate={"rounds": 3, "max_staleness": staleness})
+    rounds = graph(tmp_path, **changes).rounds["iterated_dpo"]
+    for r, count in zip(rounds, counts):
+        labels = [node for name, node in r.policy.inputs.items() if name.startswith("labels")]
+        assert labels == [earlier.labels for earlier in rounds[r.number - count : r.number]]
+
+
+def test_the_reference_is_the_start_or_the_policy_before(tmp_path):
+    for choice, expected in (("previous", False), ("initial", True)):
+        changes = learning("iterated_dpo", "iterated_ppo", iterate={"rounds": 2, "reference": choice})
+        replicate = graph(tmp_path, **changes)
+        for method, name in (("iterated_dpo", "start"), ("iterated_ppo", "reference")):
+            inputs = replicate.rounds[method][1].policy.inputs
+            assert (name in inputs) == expected
+            assert not expected or inputs[name] is replicate.training[method][0]
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3, 7])
+def test_rounds_share_one_budget(tmp_path, monkeypatch, rounds):
+    """Together they make as many updates, and take as many prompts, as one round over all of them."""
+    made: list[int] = []
+
+    def run(_ctx, _policy, _labels, *, reference, spec):
+        made.append(spec.steps)
+        return PROMPTS
+
+    monkeypatch.setattr(laif.dpo, "run", run)
+    changes = learning("iterated_dpo", iterate={"rounds": rounds}, dpo={**TRAIN, "steps": 20})
+    nodes = graph(tmp_path, **changes).rounds["iterated_dpo"]
+    begun = Artifact(epath.Path("/nowhere"), {"key": "begin", "metrics": {"begun": True}})
+    for r in nodes:
+        r.policy.run({**dict.fromkeys(r.policy.inputs, PROMPTS), "begin": begun})
+    assert sum(made) == 20
+    assert max(made) - min(made) <= 1
+    slices = [round_slice(40, 0.25, IterateSpec(rounds=rounds), r.number) for r in nodes]
+    assert [i for start, stop in slices for i in range(start, stop)] == list(range(10, 40))
+
+
+def test_a_round_that_is_not_begun_hands_on_what_was_there(tmp_path):
+    (_, second, _) = graph(tmp_path, **learning("iterated_dpo")).rounds["iterated_dpo"]
+    begin = Artifact(epath.Path("/nowhere"), {"key": "begin", "metrics": {"begun": False}})
+    policy = Artifact(epath.Path("/nowhere"), {"key": "policy", "metrics": {}})
+    for node in second.nodes:
+        inputs = {name: policy if name == "model" else begin for name in node.inputs}
+        assert node.run(inputs) is (policy if node is second.policy else begin)
+
+
+def test_prompts_for_too_many_rounds_are_told():
+    with pytest.raises(StageError, match="leaves 30"):
+        round_slice(40, 0.25, IterateSpec(rounds=4, prompts_per_round=8), 1)
+    assert round_slice(40, 0.25, IterateSpec(rounds=3, prompts_per_round=8), 3) == (26, 34)

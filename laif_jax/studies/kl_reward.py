@@ -1,0 +1,72 @@
+"""Reward against the distance from the start: HH-RLHF's square-root law, and the turn of over-optimisation.
+
+Bai et al. (2022, section 4.3) find that reward grows about linearly with sqrt(KL) for most of a run; Gao et al. (2023)
+that the true reward turns and falls while the proxy still rises.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+WINDOW = 3  # evaluations averaged before a turn is looked for: one alone is noise
+
+
+def sqrt_fit(kl: Sequence[float | None], reward: Sequence[float | None]) -> dict[str, float] | None:
+    """Least squares of reward = intercept + slope sqrt(KL).
+
+    Returns:
+      slope, intercept, r2 (share of the variance of the rewards that the fit explains), n, max_kl; None where there are
+      fewer than three points, or KL does not vary.
+    """
+    x, y = _pairs(kl, reward)
+    x = np.sqrt(np.maximum(x, 0.0))
+    if len(x) < 3 or np.ptp(x) < 1e-6:
+        return None
+    slope, intercept = np.polyfit(x, y, 1)
+    rest, spread = np.sum((y - intercept - slope * x) ** 2), np.sum((y - y.mean()) ** 2)
+    return {
+        "slope": float(slope),
+        "intercept": float(intercept),
+        "r2": float(1.0 - rest / spread) if spread > 0 else 0.0,
+        "n": len(x),
+        "max_kl": float(x.max() ** 2),
+    }
+
+
+def turn(kl: Sequence[float | None], quality: Sequence[float | None]) -> dict[str, float] | None:
+    """Where quality stops rising: the best of the moving averages over `WINDOW` evaluations, if the last of them lies
+    clearly below it.
+
+    Clearly: by more than twice the standard error of a difference of two such averages, the noise of one evaluation
+    being estimated from the evaluations' second differences.
+
+    Returns:
+      kl (there), quality (there), last (quality at the end), drop (their difference); None where there is no turn, or
+      where the evaluations are too few to tell.
+    """
+    x, y = _pairs(kl, quality)
+    if len(y) < 2 * WINDOW:
+        return None
+    smooth, place = (np.convolve(values, np.ones(WINDOW) / WINDOW, mode="valid") for values in (y, x))
+    # The variance of a second difference of independent noise is six times its own; a trend adds nothing.
+    noise = np.sqrt(np.mean(np.diff(y, 2) ** 2) / 6.0)
+    best = int(np.argmax(smooth))
+    drop = float(smooth[best] - smooth[-1])
+    if drop <= max(2.0 * noise * np.sqrt(2.0 / WINDOW), 1e-6):
+        return None
+    return {
+        "kl": float(place[best]),
+        "quality": float(smooth[best]),
+        "last": float(smooth[-1]),
+        "drop": drop,
+    }
+
+
+def _pairs(a: Sequence[float | None], b: Sequence[float | None]) -> tuple[NDArray[Any], NDArray[Any]]:
+    x, y = (
+        np.array([np.nan if value is None else value for value in values], np.float64) for values in (a, b)
+    )
+    kept = np.isfinite(x) & np.isfinite(y)
+    return x[kept], y[kept]

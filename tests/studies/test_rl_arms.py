@@ -1,0 +1,207 @@
+"""Arms that learn by PPO, in rounds, and by the best of their samples: a whole study, and what stops a round."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from laif_jax.models.model import load_model
+from laif_jax.stages import label
+from laif_jax.stages.artifact import StageError
+from tests.studies import tiny, tiny_rl
+
+
+@pytest.fixture(scope="module")
+def study() -> Path:
+    return tiny_rl.finished() / "runs" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def results(study) -> dict[str, Any]:
+    return json.loads((study / "results.json").read_text())
+
+
+def stages(results: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    return [row for row in results["stages"] if row["stage"].startswith(name)]
+
+
+def folder_of(study: Path, results: dict[str, Any], name: str) -> Path:
+    (row,) = [row for row in results["stages"] if row["stage"] == name]
+    return study / f"{row['kind']}-{row['key']}"
+
+
+def copy_of(folder: Path, *, without: str = "") -> Path:
+    """The finished study at `folder`, to go on with; stages whose names start with `without` were never run."""
+    shutil.copytree(tiny_rl.finished() / "runs", folder / "runs")
+    made = json.loads((folder / "runs" / "tiny" / "results.json").read_text())
+    for row in stages(made, without) if without else ():
+        shutil.rmtree(folder / "runs" / "tiny" / f"{row['kind']}-{row['key']}")
+    return folder
+
+
+def weights(folder: Path) -> bytes:
+    return np.asarray(load_model(str(folder / "model")).params["layers"]["mlp"]["up"]["kernel"]).tobytes()
+
+
+# ---- all arms --------------------------------------------------------------------------------------------------
+
+
+def test_every_arm_ends_with_a_result(results):
+    assert list(results["arms"]) == [arm["name"] for arm in tiny_rl.ARMS]
+    assert {row["status"] for row in results["stages"]} == {"done"}
+    assert "rounds" in results["answer"]
+    assert (
+        "SFT (DPO)" not in results["answer"]
+    )  # a question about two ways of LAIF does not call one of them SFT
+
+
+def test_arms_on_the_same_labels_share_them_and_their_reward_model(study, results):
+    # One for PPO, best-of-n and rejection sampling; one per round of PPO.
+    assert len(list(study.glob("reward-*"))) == 3
+    assert len(stages(results, "reward model on labels")) == 1
+    assert len(stages(results, "labels by strong")) == 1
+    assert {row["name"] for row in results["rewards"]} == {
+        "PPO",
+        "PPO rounds, round 1",
+        "PPO rounds, round 2",
+    }
+    for row in results["rewards"]:
+        assert 0 <= row["accuracy"] <= 1
+        assert row["n"] > 0
+        assert row["longest_wins"] is not None
+
+
+def test_all_rounds_together_ask_about_the_prompts_of_one_round_each_once(study, results):
+    def asked(name):
+        return [
+            row["prompt_id"] for row in tiny.rows(folder_of(study, results, name) / "completions.jsonl.gz")
+        ]
+
+    one = asked("samples of sft weak 25%")
+    parts = [asked(f"samples of rounds, round {number}") for number in (1, 2)]
+    assert Counter(parts[0]) + Counter(parts[1]) == Counter(one)
+    assert not set(parts[0]) & set(parts[1])
+    rows = [row for row in results["rounds"]["rounds"] if row["round"]]
+    assert [row["prompts"] for row in rows] == [15, 15]
+
+
+def test_each_round_starts_from_the_policy_of_the_one_before(study, results):
+    manifests = tiny.manifests(tiny_rl.finished())
+    first, second = (folder_of(study, results, f"dpo rounds, round {number}") for number in (1, 2))
+    assert manifests[second.name]["inputs"]["policy"] == manifests[first.name]["key"]
+    sampled = folder_of(study, results, "samples of rounds, round 2")
+    assert manifests[sampled.name]["inputs"]["model"] == manifests[first.name]["key"]
+    assert (
+        len({weights(folder) for folder in (folder_of(study, results, "sft weak 25%"), first, second)}) == 3
+    )
+
+
+def test_the_policy_of_every_round_is_evaluated(results):
+    for arm in ("rounds", "PPO rounds"):
+        rows = results["rounds"][arm]
+        assert [row["round"] for row in rows] == [0, 1, 2]
+        assert all(0 <= row["win_rate"] <= 100 and 0 <= row["true_quality"] <= 1 for row in rows)
+        assert rows[0]["win_rate"] == results["arms"]["SFT"]["win_rate"]
+        assert rows[2]["win_rate"] == results["arms"][arm]["win_rate"]
+    assert results["one_round"] == {"rounds": ["DPO"], "PPO rounds": ["PPO"]}
+
+
+def test_best_of_n_answers_with_the_sample_that_scores_highest(study, results):
+    folder = folder_of(study, results, "best samples of best")
+    kept = {row["prompt_id"]: row for row in tiny.rows(folder / "completions.jsonl.gz")}
+    drawn: dict[str, list[str]] = {}
+    for row in tiny.rows(
+        folder_of(study, results, "4 evaluation samples each of sft weak 25%") / "completions.jsonl.gz"
+    ):
+        drawn.setdefault(row["prompt_id"], []).append(row["text"])
+    scores = {row["prompt_id"]: row["scores"] for row in tiny.rows(folder / "scores.jsonl.gz")}
+    assert len(kept) == 16
+    for prompt, row in kept.items():
+        assert len(scores[prompt]) == 4
+        assert row["text"] == drawn[prompt][int(np.argmax(scores[prompt]))]
+        assert row["meta"]["score"] == pytest.approx(max(scores[prompt]))
+    (found,) = results["best_of_n"]["best"]
+    assert found["kl_bound"] == pytest.approx(np.log(4) - 0.75)
+    assert found["score/best"] >= found["score/mean"]
+
+
+def test_rejection_sampling_trains_on_the_best_half(study, results):
+    best = tiny.rows(folder_of(study, results, "best samples of own best") / "completions.jsonl.gz")
+    metrics = tiny.manifests(tiny_rl.finished())[
+        folder_of(study, results, "rejection sampling own best").name
+    ]
+    scores = sorted((row["meta"]["score"] for row in best if row["text"].strip()), reverse=True)
+    assert metrics["metrics"]["kept"] == round(0.5 * len(scores))
+    assert metrics["metrics"]["score/kept"] == pytest.approx(np.mean(scores[: round(0.5 * len(scores))]))
+
+
+def test_ppo_and_its_sweep_have_curves(results):
+    runs = results["ppo"]
+    assert [(row["kl_coef"], row["learning_rate"], row["own"]) for row in runs] == [
+        (0.05, 1e-3, True),
+        (0.0, 1e-3, False),
+    ]
+    for row in runs:
+        assert row["iteration"] == {"first": 0, "last": 2}
+        assert row["kl"]["first"] == pytest.approx(
+            0.0, abs=1e-5
+        )  # before training the policy is its reference
+        assert 0 <= row["true_quality"]["last"] <= 1
+    assert [len(row["kl"]) for row in results["kl_reward"]] == [3, 3]
+
+
+def test_the_report_shows_all_of_it(study):
+    page = (study / "report" / "index.html").read_text()
+    for title in ("Reward models", "Reinforcement learning", "Rounds", "Best of n"):
+        assert f"<h2>{title}</h2>" in page
+    for figure in (
+        "Reward-model accuracy",
+        "Train reward of PPO",
+        "Validation reward of PPO",
+        "after each round",
+    ):
+        assert figure in page
+
+
+# ---- rounds that stop ------------------------------------------------------------------------------------------
+
+
+def test_a_round_beyond_the_bound_is_not_begun_and_the_policy_so_far_is_the_arms(tmp_path):
+    copy_of(tmp_path)
+    before = set(tiny.manifests(tmp_path))
+    assert tiny_rl.run(tmp_path, "iterate.max_comparisons=20", arms=["SFT", "rounds"]) == 0
+    made = tiny.results(tmp_path)
+    rows = made["rounds"]["rounds"]
+    assert [row.get("begun") for row in rows] == [None, True, False]
+    assert "max_comparisons" in rows[2]["reason"]
+    assert any("round 2 was not begun" in text for text in made["warnings"])
+    new = {manifest["kind"] for name, manifest in tiny.manifests(tmp_path).items() if name not in before}
+    assert new == {"round", "sample", "evaluate"}  # nothing is trained or asked again
+    assert made["arms"]["rounds"]["true_quality"] == rows[1]["true_quality"]
+    assert "labels of rounds, round 2" not in {row["stage"] for row in made["stages"]}
+
+
+def test_a_critic_that_dies_in_a_round_keeps_the_finished_ones(tmp_path, monkeypatch):
+    copy_of(tmp_path, without="labels of rounds, round 2")
+    asked = label.judge
+
+    def dead(*_args, **_options):
+        raise StageError("the critic does not answer")
+
+    monkeypatch.setattr(label, "judge", dead)
+    assert tiny_rl.run(tmp_path, arms=["SFT", "rounds"]) == 1
+    made = tiny.results(tmp_path)
+    first, second = made["rounds"]["rounds"][1:]
+    assert first["win_rate"] is not None
+    assert "does not answer" in second["reason"]
+    assert any("does not answer" in text for text in made["warnings"])
+    assert list(made["arms"]) == ["SFT"]
+    trained = [name for name in tiny.manifests(tmp_path) if name.startswith("dpo-")]
+    monkeypatch.setattr(label, "judge", asked)
+    assert tiny_rl.run(tmp_path, arms=["SFT", "rounds"]) == 0
+    assert [name for name in tiny.manifests(tmp_path) if name.startswith("dpo-")] == trained
+    assert tiny.results(tmp_path)["rounds"]["rounds"][2]["win_rate"] is not None

@@ -1,0 +1,71 @@
+"""A tiny study with every way to learn from a critic's preferences, run once per test session."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from tests.studies import tiny
+
+FROM: dict[str, Any] = {"teacher": "weak", "share": 0.25, "critic": "strong"}
+ARMS = [
+    {"name": "SFT", "teacher": "weak", "share": 0.25},
+    {"name": "DPO", "optimize": "dpo", **FROM},
+    {"name": "rounds", "optimize": "iterated_dpo", **FROM},
+    {"name": "PPO", "optimize": "ppo", **FROM},
+    {"name": "PPO rounds", "optimize": "iterated_ppo", **FROM},
+    {"name": "best", "optimize": "best_of_n", **FROM},
+    {"name": "own best", "optimize": "rejection_sampling", **FROM},
+]
+PPO: dict[str, Any] = {
+    "iterations": 2,
+    "batch_size": 8,
+    "epochs": 1,
+    "sampling": {"max_new_tokens": 8},
+    "max_prompt_length": 24,
+    "eval_every": 1,
+    "eval_prompts": 8,
+    "optimizer": {"learning_rate": 1.0e-3},
+}
+CHANGES: dict[str, Any] = {
+    "arms": ARMS,
+    "questions": [{"laif": "rounds", "sft": "DPO"}],
+    "reward": {
+        **tiny.TRAIN,
+        "steps": 4,
+        "eval_every": 2,
+        "held_out": 0.2,
+        "log_every": 1,
+        "learning_rates": [1e-3, 3e-3],
+    },
+    "ppo": {**PPO, "sweep": {"kl_coefs": [0.0, 0.05], "learning_rates": [1e-3]}},
+    "best_of_n": {"n": 4},
+    "rejection_sampling": {"n": 3, "top": 0.5, "train": {**tiny.TRAIN, "steps": 2}},
+    "iterate": {"rounds": 2},
+}
+
+
+def run(folder: Path, *overrides: str, arms: list[str] | None = None, **changes: Any) -> int:
+    """`laif run` of the study, or of some of its arms alone, with what they read."""
+    made = {**CHANGES, **changes}
+    if arms is not None:
+        made["arms"] = [arm for arm in ARMS if arm["name"] in arms]
+        made["questions"] = []
+        methods = {arm.get("optimize", "none") for arm in made["arms"]}
+        used = {
+            "dpo": {"dpo", "iterated_dpo"},
+            "reward": {"ppo", "iterated_ppo", "best_of_n", "rejection_sampling"},
+            "ppo": {"ppo", "iterated_ppo"},
+            "best_of_n": {"best_of_n"},
+            "rejection_sampling": {"rejection_sampling"},
+            "iterate": {"iterated_dpo", "iterated_ppo"},
+        }
+        made |= {section: ... for section, users in used.items() if not users & methods}
+    return tiny.run(folder, *overrides, **made)
+
+
+@functools.cache
+def finished() -> Path:
+    """The folder of the study as it is, run to its end. Not to be written to."""
+    folder = tiny._home() / "rl"
+    assert run(folder) == 0
+    return folder
