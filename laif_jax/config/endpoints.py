@@ -101,6 +101,7 @@ class EndpointSpec(Spec):
         Vertex AI with `project`; "simulated": planted truth; "llama_cpp": a llama.cpp server over the local file
         `gguf`, started and stopped by `laif run`; "checkpoint": our own model server over the folder `checkpoint`,
         likewise.
+      reward: `checkpoint` is a reward model's folder; as a critic or judge it compares by its scores.
       api_key_env: the *name* of the environment variable that holds the key; keys are never written in a config.
       api_key_file: a file with the key alone, mode 600; one of the two.
       project, location: of Vertex AI, with Google's application default credentials instead of a key.
@@ -126,6 +127,7 @@ class EndpointSpec(Spec):
     cassette_mode: Literal["replay", "record"] = "replay"
     gguf: str | None = None
     checkpoint: str | None = None
+    reward: bool = False
     simulated: SimulatedSpec | None = None
     context_length: Positive = 2048
     concurrency: Positive = 8
@@ -184,6 +186,7 @@ class EndpointSpec(Spec):
             "simulated": ("simulated",),
             "gguf": ("llama_cpp",),
             "checkpoint": ("checkpoint",),
+            "reward": ("checkpoint",),
             "context_length": ("llama_cpp",),
         }
         choice = f"`provider: {self.provider}`"
