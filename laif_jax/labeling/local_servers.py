@@ -89,7 +89,8 @@ def start_llama_cpp(spec: EndpointSpec, *, threads: int = 1) -> Generator[str]:
 
 @contextlib.contextmanager
 def start_checkpoint_server(spec: EndpointSpec) -> Generator[str]:
-    """Our own model server (`laif serve model`) over the folder `spec.checkpoint`; yields its base_url (.../v1).
+    """Our own model server (`laif serve model`, with `--reward` over a reward model) over the folder `spec.checkpoint`;
+    yields its base_url (.../v1).
 
     Raises:
       EndpointError: no such folder. LabelServiceError: it did not come up.
@@ -97,7 +98,7 @@ def start_checkpoint_server(spec: EndpointSpec) -> Generator[str]:
     path = _checkpoint(spec)
     port = _free_port()
     command = [sys.executable, "-m", "laif_jax.cli", "serve", "model", str(path)]
-    command += ["--port", str(port), "--name", spec.model]
+    command += ["--port", str(port), "--name", spec.model, *(["--reward"] if spec.reward else [])]
     url = f"http://127.0.0.1:{port}"
     with contextlib.ExitStack() as stack:
         log_file = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="laif-model-"))) / "log"
@@ -117,9 +118,13 @@ def _gguf(spec: EndpointSpec) -> Path:
 
 def _checkpoint(spec: EndpointSpec) -> Path:
     path = Path(spec.checkpoint or "").expanduser().absolute()
-    if not (path / "config.json").is_file():
+    described = (path / "reward.json").is_file()
+    if described and not spec.reward:
+        raise EndpointError(f"{path} is a reward model's folder: set the endpoint's `reward: true`")
+    if not described and not (path / "config.json").is_file():
+        kind = "reward model's folder (`laif reward` writes one)" if spec.reward else "model folder"
         raise EndpointError(
-            f"{path} is no model folder (it has no config.json). Correct the endpoint's `checkpoint`"
+            f"{path} is no {kind}: it has no config.json. Correct the endpoint's `checkpoint`"
         )
     return path
 
@@ -135,10 +140,11 @@ def _cached_sha256(path: str, mtime: int, size: int) -> str:
 
 
 def _folder_id(folder: Path) -> str:
-    """Hash of the model's files, whatever the folder is called."""
+    """Hash of the model's files (of an ensemble's members too), whatever the folder is called."""
     endings = (".safetensors", ".json", ".jinja", ".model")
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name.endswith(endings))
-    return content_id([[path.name, _file_id(path)] for path in files])
+    found = [*folder.iterdir(), *folder.glob("member-*/*")]
+    files = sorted(path for path in found if path.is_file() and path.name.endswith(endings))
+    return content_id([[str(path.relative_to(folder)), _file_id(path)] for path in files])
 
 
 def _free_port() -> int:
