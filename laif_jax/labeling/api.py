@@ -11,7 +11,8 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ValidationError
 
 from laif_jax.labeling.errors import CriticError, EndpointError
-from laif_jax.labeling.jobs import JobStatus, Runner, job_request
+from laif_jax.labeling.jobs import JobStatus, job_request
+from laif_jax.labeling.runner import Runner
 from laif_jax.labeling.store import Store
 from laif_jax.labeling.work import Work
 
@@ -37,6 +38,7 @@ class Stats(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     cost: float
+    budget: dict[str, int | None] | None = None
 
 
 def create_app(store: Store, on_start: Callable[[], None] | None = None) -> FastAPI:
@@ -49,7 +51,7 @@ def create_app(store: Store, on_start: Callable[[], None] | None = None) -> Fast
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
-        state["runner"] = Runner(store)
+        state["runner"] = Runner(store, join=True)
         if on_start is not None:
             on_start()
         yield
@@ -70,8 +72,8 @@ def create_app(store: Store, on_start: Callable[[], None] | None = None) -> Fast
         _refuse_strangers(request)
         body = await request.body()
         try:
-            work = await asyncio.to_thread(_read_work, body)
-            return state["runner"].submit(work)
+            work, cap = await asyncio.to_thread(_read_work, body)
+            return state["runner"].submit(work, body, cap)
         except ValidationError as error:
             problems = error.errors(include_url=False, include_context=False, include_input=False)
             raise HTTPException(422, detail=problems[:20]) from error
@@ -149,10 +151,12 @@ def _refuse_strangers(request: Request) -> None:
 _OWN_NAMES = ("127.0.0.1", "localhost", "::1")
 
 
-def _read_work(body: bytes) -> Work:
-    work = job_request.validate_json(body).work()
+def _read_work(body: bytes) -> tuple[Work, int | None]:
+    """The work of a job, and its budget in nano-dollars."""
+    job = job_request.validate_json(body)
+    work = job.work()
     assert work.id  # hashed here, in the thread
-    return work
+    return work, job.cap
 
 
 def _job_schema() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Makes calls: bounded concurrency per endpoint, back-off with jitter, Retry-After, and one call per request key."""
+"""Makes calls: a place in the endpoint's lane, a few attempts with back-off, every answer and cost into the store."""
 
 import asyncio
 import json
@@ -6,19 +6,25 @@ import logging
 import random
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from laif_jax.labeling.answers import Answer
+from laif_jax.labeling.budget import most_completion, most_tokens
 from laif_jax.labeling.calls import Call, Endpoint
 from laif_jax.labeling.errors import CallError
+from laif_jax.labeling.lanes import Lane
+from laif_jax.labeling.prices import Price, cost, most, price_of
 from laif_jax.labeling.providers import Provider, make_provider, read_reply
-from laif_jax.labeling.store import Row, Store, now
+from laif_jax.labeling.store import Row, Settle, Store, now
+from laif_jax.records import Usage
 
 log = logging.getLogger(__name__)
 
 BACKOFF_FIRST = 0.5  # seconds before the second attempt; doubles with each further one
 BACKOFF_MOST = 30.0
 RETRY_AFTER_MOST = 600.0
+_THROTTLED = {"rate_limited", "overloaded"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +36,7 @@ class Outcome:
       passing: of a failure: one that may be over when the request is made again (nobody reached, too many calls, a
         stopped job), not one that the same request meets every time (a refused key, a request that is not accepted).
       asked: False: a job that was stopped did not ask at all.
+      denied: the budget had no room for a further attempt; the request is pending again.
     """
 
     key: str
@@ -40,181 +47,228 @@ class Outcome:
     cached: bool = False
     passing: bool = False
     asked: bool = True
+    denied: bool = False
 
 
 class Breaker:
-    """Stops one job's calls to an endpoint that cannot answer, so that 20,000 items do not each wait for it.
+    """Whether one job still asks its endpoint: not after the endpoint's circuit opened under it, nor once stopped."""
 
-    It opens at once on a fatal error (refused key, unknown model), and after `limit` failed calls in a row. Free
-    endpoints have none, and a request that is refused for what it is (HTTP 400, at once and unpaid) says nothing about
-    the next one.
-    """
-
-    def __init__(self, endpoint: Endpoint) -> None:
-        self._limit = max(8, 2 * endpoint.concurrency)
-        self._row = 0
-        self._applies = endpoint.provider != "simulated"
+    def __init__(self) -> None:
         self.reason = ""
         self.passing = True
 
-    def success(self) -> None:
-        self._row = 0
-
-    def failure(self, error: CallError) -> None:
-        self._row += error.kind != "bad_request"
-        if self._applies and not self.reason and (error.fatal or self._row >= self._limit):
-            why = "" if error.fatal else f"{self._row} calls in a row failed, the last: "
-            self.reason = f"not asked: {why}{error.reason}"
-            self.passing = not error.fatal
-            log.error("calls stopped: %s%s", why, error.reason)
+    def open(self, reason: str, passing: bool) -> None:
+        if not self.reason:
+            self.reason, self.passing = reason, passing
+            log.error("calls stopped: %s", reason)
 
     def stop(self, reason: str) -> None:
         """Opens it at the client's word."""
         self.reason = self.reason or f"not asked: {reason}"
 
 
-class _Lane:
-    """What all jobs share about one endpoint: its provider, its places, and until when it asked us to wait."""
+@dataclass(slots=True, eq=False)
+class Party:
+    """One run of one job, as the scheduler sees it.
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.provider: Provider = make_provider(endpoint)
-        self.places = asyncio.Semaphore(self.provider.width)
-        self.resume_at = 0.0
+    Attributes:
+      price: of its model; None: not known, then nothing is reserved and costs stay unknown.
+    """
 
-    async def wait(self) -> None:
-        while (delay := self.resume_at - time.monotonic()) > 0:
-            await asyncio.sleep(delay)
+    job: str
+    endpoint: Endpoint
+    provider: Provider
+    lane: Lane
+    price: Price | None
+    breaker: Breaker
+
+    def tokens(self, call: Call) -> int:
+        """Upper bound of a call's tokens, for the buckets of tokens per minute and for reservations."""
+        return most_tokens(call.messages)
+
+    def most(self, call: Call) -> int:
+        """Upper bound of a call's cost in nano-dollars; 0: free, or not known."""
+        if self.price is None or self.price.free:
+            return 0
+        return most(self.price, self.tokens(call), most_completion(call), batch=getattr(self.endpoint, "batch", False))
+
+    def cost(self, used: Usage | None, reserved: int) -> int | None:
+        """What a call cost, by what it says that it used; if it does not say, the most that it can have been."""
+        if self.price is None:
+            return None
+        return reserved if used is None else cost(self.price, used, batch=getattr(self.endpoint, "batch", False))
 
 
 class Scheduler:
-    """Answers calls from the store or from their endpoint. Lives in one event loop."""
+    """Answers calls from their endpoint. Lives in one event loop."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.closing = False
-        self._lanes: dict[Endpoint, _Lane] = {}
-        self._running: dict[str, asyncio.Future[Outcome]] = {}
-        self._answered: set[str] = set()  # keys answered since the start, whatever an earlier look-up said
+        self._lanes: dict[str, Lane] = {}
+        self._providers: dict[Endpoint, Provider] = {}
         self._jitter = random.Random()  # never reaches a result
 
-    def lane(self, endpoint: Endpoint) -> _Lane:
-        """Raises `EndpointError` if the endpoint cannot be used."""
-        if endpoint not in self._lanes:
-            self._lanes[endpoint] = _Lane(endpoint)
-        return self._lanes[endpoint]
+    def party(self, job: str, endpoint: Endpoint) -> Party:
+        """A job's way to its endpoint. Raises `EndpointError` if the endpoint cannot be used."""
+        provider = self._providers.get(endpoint)
+        if provider is None:
+            provider = self._providers[endpoint] = make_provider(endpoint)
+        lane = self._lanes.get(endpoint.key)
+        if lane is None:
+            lane = self._lanes[endpoint.key] = Lane(provider.width)
+        lane.widen(provider.width)
+        return Party(job, endpoint, provider, lane, price_of(endpoint, datetime.now(UTC).date()), Breaker())
 
-    async def ask(self, call: Call, attempts_before: int, breaker: Breaker) -> Outcome:
-        """The outcome of a call that has no stored answer; two callers of one request share one call.
-
-        Never raises for what an endpoint does; raises `StoreError` if an answer cannot be stored.
-        """
-        while (running := self._running.get(call.key)) is not None:
-            outcome = await asyncio.shield(running)
-            if outcome.asked or breaker.reason or self.closing:
-                return outcome  # else: another job was stopped before it asked; this one goes on
-        if call.key in self._answered:
-            rows = await asyncio.to_thread(self.store.answered, [call.key])
-            outcome = stored_outcome(call, rows[call.key])
-            if outcome is not None:
-                return outcome
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._running[call.key] = future
-        try:
-            outcome = await self._ask(call, attempts_before, breaker)
-            future.set_result(outcome)
-            return outcome
-        except BaseException as error:
-            future.set_exception(error if isinstance(error, Exception) else asyncio.CancelledError())
-            future.exception()  # seen: nobody else may be waiting
-            raise
-        finally:
-            del self._running[call.key]
-
-    async def _ask(self, call: Call, attempts_before: int, breaker: Breaker) -> Outcome:
-        lane = self.lane(call.endpoint)
-        reason, passing = "", True
-        for attempt in range(attempts_before, attempts_before + call.endpoint.max_attempts):
-            async with lane.places:
-                await lane.wait()
-                if breaker.reason or self.closing:
-                    why = breaker.reason or "not asked: the service is stopping"
-                    return Outcome(call.key, None, why, passing=breaker.passing, asked=False)
-                self.store.write(states=[_state(call, "in_flight", attempt)])
-                started = time.perf_counter()
+    async def ask(self, party: Party, call: Call, attempts_before: int) -> Outcome:
+        """The outcome of a call that was claimed. Never raises for what an endpoint does."""
+        bound, tokens = party.most(call), party.tokens(call)
+        reason, passing, reserved = "", True, bound
+        for number in range(call.endpoint.max_attempts):
+            attempt = attempts_before + number
+            if not reserved and bound:
+                if not await asyncio.wrap_future(self.store.reserve(party.job, call.key, bound)):
+                    self.store.give_back(party.job, [call.key])
+                    return Outcome(call.key, None, "the budget has no room", asked=False, denied=True)
+                reserved = bound
+            await party.lane.enter(party.job, tokens)
+            try:
+                if why := self._why_not(party):
+                    self.store.give_back(party.job, [call.key])
+                    return Outcome(call.key, None, why, passing=party.breaker.passing, asked=False)
+                started, began = time.perf_counter(), time.monotonic()
                 try:
-                    reply = await lane.provider.call(call, attempt)
+                    reply = await party.provider.call(call, attempt)
                 except CallError as error:
-                    reason, passing, failure = error.reason, error.retryable, error
-                    latency = time.perf_counter() - started
-                    await self._store_failure(call, attempt, error, latency)
+                    failure, latency = error, time.perf_counter() - started
                 else:
-                    breaker.success()
-                    return await self._store_answer(
-                        call, attempt, reply.raw, reply.answer, time.perf_counter() - started
-                    )
-            last = attempt + 1 == attempts_before + call.endpoint.max_attempts
-            if not failure.retryable or last:
-                breaker.failure(failure)
+                    if reply.limits is not None:
+                        party.lane.admission.told(time.monotonic(), reply.limits)
+                    latency = time.perf_counter() - started
+                    return self._take(party, call, attempt, reply.raw, reply.answer, latency, reserved)
+            finally:
+                party.lane.leave()
+            reason, passing = failure.reason, failure.retryable
+            last = number + 1 == call.endpoint.max_attempts or not failure.retryable
+            self._throttle(party, failure, began, last)
+            reserved = await self._store_failure(party, call, attempt, failure, latency, reserved, last)
+            if last:
                 break
-            await self._back_off(lane, failure, attempt - attempts_before)
+            await self._back_off(party, failure, number)
         return Outcome(call.key, None, reason, date=now(), passing=passing)
 
-    async def _back_off(self, lane: _Lane, error: CallError, attempt: int) -> None:
-        if lane.provider.free:
+    def _why_not(self, party: Party) -> str:
+        if self.closing:
+            return party.breaker.reason or "not asked: the service is stopping"
+        if not party.breaker.reason and not party.provider.free:
+            circuit = party.lane.circuit
+            if why := circuit.closed_to(time.monotonic()):
+                party.breaker.open(why, circuit.passing)
+        return party.breaker.reason
+
+    def _throttle(self, party: Party, error: CallError, began: float, last: bool) -> None:
+        if party.provider.free:
             return
-        delay = min(BACKOFF_FIRST * 2**attempt, BACKOFF_MOST) * self._jitter.uniform(0.5, 1.0)
+        at = time.monotonic()
+        if error.limits is not None:
+            party.lane.admission.told(at, error.limits)
+        if error.kind in _THROTTLED or error.retry_after is not None:
+            party.lane.admission.throttled(at, began, error.retry_after)
+        if last and party.lane.circuit.failure(at, error.kind, error.reason, fatal=error.fatal):
+            party.breaker.open(party.lane.circuit.reason, party.lane.circuit.passing)
+
+    async def _back_off(self, party: Party, error: CallError, number: int) -> None:
+        if party.provider.free:
+            return
+        delay = min(BACKOFF_FIRST * 2**number, BACKOFF_MOST) * self._jitter.uniform(0.5, 1.0)
         if error.retry_after is not None:
             asked = min(error.retry_after, RETRY_AFTER_MOST)
-            # The endpoint speaks to all of us: nobody calls it before the time it named.
-            lane.resume_at = max(lane.resume_at, time.monotonic() + asked)
             delay = max(delay if asked == 0 else 0.0, asked)
         await asyncio.sleep(delay)
 
-    async def _store_answer(
-        self, call: Call, attempt: int, body: dict[str, Any], answer: Answer, latency: float
+    def _take(
+        self, party: Party, call: Call, attempt: int, body: Any, answer: Answer, latency: float, reserved: int
     ) -> Outcome:
-        date = now()
+        """Stores an answer and what it cost. It counts for a place in the lane until it is committed."""
+        date, used = now(), answer.usage
+        party.lane.circuit.success()
+        party.lane.admission.succeeded()
+        nanos = party.cost(used, reserved)
+        tokens = (
+            (used.prompt_tokens, used.cached_tokens, used.completion_tokens) if used else (None, None, None)
+        )
         row: Row = {
             "key": call.key,
             "body": json.dumps(body, ensure_ascii=False).encode("utf-8", "replace").decode(),
             "model": answer.model,
             "system_fingerprint": answer.fingerprint,
-            "prompt_tokens": answer.usage.prompt_tokens if answer.usage else None,
-            "completion_tokens": answer.usage.completion_tokens if answer.usage else None,
-            "cost": None,
             "latency": latency,
             "attempt": attempt,
             "date": date,
         }
-        # Inside the lane's place: at most `concurrency` answers are ever waiting to be stored.
-        await asyncio.wrap_future(
-            self.store.write(responses=[row], states=[_state(call, "ok", attempt + 1, date=date)])
-        )
-        self._answered.add(call.key)
+        settle = Settle(call.key, party.job, attempt, "answered", nanos, date, reserved, tokens)
+        state = {"k": call.key, "state": "ok", "attempts": attempt + 1, "reason": "", "updated": date}
+        party.lane.storing(self.store.write([settle], responses=[row], states=[state]))
         return Outcome(call.key, answer, latency=latency, date=date)
 
-    async def _store_failure(self, call: Call, attempt: int, error: CallError, latency: float) -> None:
+    async def _store_failure(
+        self,
+        party: Party,
+        call: Call,
+        attempt: int,
+        error: CallError,
+        latency: float,
+        reserved: int,
+        last: bool,
+    ) -> int:
+        """Stores a failed attempt, and what it may have cost; what is still reserved for the next one."""
+        date = now()
         row: Row = {
             "key": call.key,
             "attempt": attempt,
             "kind": error.kind,
-            "reason": error.reason,
-            "body": error.body.encode("utf-8", "replace").decode(),
+            "reason": _plain(error.reason),
+            "body": _plain(error.body),
             "latency": latency,
-            "date": now(),
+            "date": date,
         }
         log.debug("attempt %d failed (%s): %s", attempt + 1, error.kind, error.reason)
-        state = _state(call, "failed", attempt + 1, error.reason)
-        await asyncio.wrap_future(self.store.write(failures=[row], states=[state]))
+        settles, states = [], []
+        billed, used = error.billed, error.usage
+        if reserved and (billed != "no" or last):
+            kind, nanos = "free", 0
+            if billed == "yes" and used is not None:
+                kind, nanos = "answered", party.cost(used, reserved)
+            elif billed != "no":
+                kind, nanos = "presumed", reserved
+            settles = [Settle(call.key, party.job, attempt, kind, nanos, date, reserved)]
+            reserved = 0
+        if last:
+            reason = _plain(error.reason)
+            states = [
+                {"k": call.key, "state": "failed", "attempts": attempt + 1, "reason": reason, "updated": date}
+            ]
+        await asyncio.wrap_future(self.store.write(settles, failures=[row], failed_states=states))
+        return reserved
 
     async def close(self) -> None:
         for lane in self._lanes.values():
-            await lane.provider.close()
+            lane.close()
+        for provider in self._providers.values():
+            await provider.close()
         self._lanes.clear()
+        self._providers.clear()
+
+    def stop(self) -> None:
+        """No call starts any more; who waits for a place is told so."""
+        self.closing = True
+        for lane in self._lanes.values():
+            lane.nudge()
 
 
-def _state(call: Call, state: str, attempts: int, reason: str = "", date: str | None = None) -> Row:
-    return {"k": call.key, "state": state, "attempts": attempts, "reason": reason, "updated": date or now()}
+def _plain(text: str) -> str:
+    """Text that every database takes: PostgreSQL has no NUL character, and neither has lone surrogates."""
+    return text.encode("utf-8", "replace").decode().replace("\x00", "\ufffd")
 
 
 def request_row(call: Call) -> Row:
@@ -224,10 +278,12 @@ def request_row(call: Call) -> Row:
         "key": call.key,
         "endpoint_key": call.endpoint.key,
         "model": call.endpoint.model,
-        "request": call.request,
         "state": "pending",
         "attempts": 0,
         "reason": "",
+        "owner": "",
+        "job": "",
+        "reserved": 0,
         "created": date,
         "updated": date,
     }

@@ -1,36 +1,27 @@
-"""The store: every request, answer, failure and result in one SQLite file (WAL), written by one thread.
-
-Writes go through `Store.write`: they are grouped, and a group is one transaction with `synchronous=FULL`, so a future
-that is done means the rows survive SIGKILL and power loss. If the disk is full, the group stays in memory, the writer
-tries again until there is space, and nobody who waits for a commit goes on to the next paid call meanwhile.
-"""
+"""The store: every request, answer, cost, failure and result, in SQLite or PostgreSQL. See `writer` and `leases`."""
 
 import contextlib
 import datetime
-import fcntl
-import json
-import logging
 import os
-import queue
-import threading
-import time
-from collections.abc import Iterator, Sequence
+import socket
+import uuid
+import zlib
+from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import event
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
-from sqlalchemy.dialects.sqlite.dml import Insert
-from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import SQLAlchemyError
 
-from laif_jax.labeling import schema
+from laif_jax.labeling import budget, leases, migrations, schema
+from laif_jax.labeling.database import FileLock, connect, shown, worker_lock
 from laif_jax.labeling.errors import StoreError
+from laif_jax.labeling.store_read import StoreReader
+from laif_jax.labeling.writer import Operation, Row, Settle, Writer, cause
 
-log = logging.getLogger(__name__)
-Row = dict[str, Any]
+__all__ = ["Row", "Settle", "Store", "now"]
 
 
 def now() -> str:
@@ -38,273 +29,214 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
-def _upsert(table: sa.Table) -> Insert:
-    statement = sqlite_insert(table)
-    keys = [column.name for column in table.primary_key.columns]
-    values = {c.name: statement.excluded[c.name] for c in table.columns if c.name not in keys}
-    return statement.on_conflict_do_update(index_elements=keys, set_=values)
-
-
-# In the order in which a group is written. A request row exists before its state changes.
-_STATEMENTS: dict[str, Any] = {
-    "requests": sqlite_insert(schema.requests).on_conflict_do_nothing(),
-    "states": sa.update(schema.requests)
-    .where(schema.requests.c.key == sa.bindparam("k"))
-    .values({name: sa.bindparam(name) for name in ("state", "attempts", "reason", "updated")}),
-    "responses": _upsert(schema.responses),
-    "failures": _upsert(schema.failures),
-    "results": _upsert(schema.results),
-    "jobs": _upsert(schema.jobs),
-    "job_items": _upsert(schema.job_items),
-}
-
-
-@dataclass
-class _Group:
-    rows: dict[str, list[Row]] = field(default_factory=lambda: {name: [] for name in _STATEMENTS})
-    futures: list[Future[None]] = field(default_factory=list)
-
-    def add(self, rows: dict[str, list[Row]], future: Future[None]) -> None:
-        for name, new in rows.items():
-            self.rows[name] += new
-        self.futures.append(future)
-
-
-class Store:
-    """One open store. Only one process at a time may have it open.
+class Store(StoreReader):
+    """One open store.
 
     Args:
-      folder: where `labels.sqlite` lives; made if absent.
+      where: a folder, where `labels.sqlite` lives, made if absent; or postgresql://user@host:port/database.
       patience: seconds to wait for another service that has it open, which may be ending.
+      shared: open it as one of several workers. Otherwise, in a folder, one process at a time may have it open like
+        this (a service); workers may come and go beside it.
 
     Raises:
-      StoreError: the folder cannot be written, another service uses it, or the file is no store of this version.
+      StoreError: it cannot be reached or written, another service uses it, or the file is no store that this program
+        can read or upgrade.
     """
 
-    def __init__(self, folder: str | Path, *, patience: float = 0.0) -> None:
-        self.folder = Path(folder)
-        self.path = self.folder / "labels.sqlite"
-        self.stalled = ""  # why the writer cannot write at present
+    def __init__(self, where: str | Path, *, patience: float = 0.0, shared: bool = False) -> None:
+        self.engine, folder = connect(where)
+        self.folder = folder
+        self.path = folder / "labels.sqlite" if folder is not None else Path(shown(where))
+        self.where = shown(where) if folder is None else str(self.path)
+        self.worker = uuid.uuid4().hex
+        self._started, self._closed = now(), False
+        self._locks: list[FileLock] = []
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise StoreError(
-                f"store {self.folder}: {error.strerror}. Choose a folder that can be written"
-            ) from error
-        self._take_lock(patience)
-        try:
-            self._open()
+            if folder is not None:
+                self._lock(folder, patience, shared)
+            migrations.prepare(self.engine, self.where)
+            with self.engine.execution_options(immediate=True).begin() as connection:
+                self._sign_on(connection)
         except SQLAlchemyError as error:
-            os.close(self._lock)
+            self._let_go()
             raise StoreError(
-                f"store {self.path}: cannot be opened ({_cause(error)}). If it is damaged, put a copy in its place "
+                f"store {self.where}: cannot be opened ({cause(error)}). If it is damaged, put a copy in its place "
                 "or move it away; a new one is then made"
             ) from error
         except StoreError:
-            os.close(self._lock)
+            self._let_go()
             raise
-        self._queue: queue.SimpleQueue[tuple[dict[str, list[Row]], Future[None]] | None] = queue.SimpleQueue()
-        self._closing = False
-        self._thread = threading.Thread(target=self._write_groups, name="label-store", daemon=True)
-        self._thread.start()
+        self._writer = Writer(self.engine, self.worker, self.where)
 
-    def _take_lock(self, patience: float) -> None:
-        limit = time.monotonic() + patience
-        while True:
-            try:
-                return fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if time.monotonic() < limit:
-                    time.sleep(0.05)
-                    continue
-                os.close(self._lock)
+    def _lock(self, folder: Path, patience: float, shared: bool) -> None:
+        if not shared:
+            service = FileLock(folder / "lock")
+            self._locks.append(service)
+            if not service.take(patience):
                 raise StoreError(
-                    f"store {self.folder}: another labelling service uses it. Stop that one, or use another store"
-                ) from error
-
-    def _open(self) -> None:
-        self.engine = sa.create_engine(f"sqlite:///{self.path}", connect_args={"timeout": 30.0})
-
-        @event.listens_for(self.engine, "connect")
-        def _pragmas(connection: Any, _: Any) -> None:
-            cursor = connection.cursor()
-            for pragma in ("journal_mode=WAL", "synchronous=FULL", "temp_store=MEMORY", "cache_size=-65536"):
-                cursor.execute(f"PRAGMA {pragma}")
-            cursor.close()
-
-        requests, jobs = schema.requests.c, schema.jobs.c
-        with self.engine.begin() as connection:
-            schema.metadata.create_all(connection)
-            version = connection.execute(
-                sa.select(schema.meta.c.value).where(schema.meta.c.name == "schema_version")
-            ).scalar()
-            if version is None:
-                connection.execute(
-                    sa.insert(schema.meta).values(name="schema_version", value=str(schema.SCHEMA_VERSION))
+                    f"store {folder}: another labelling service uses it. Stop that one, or use another store"
                 )
-            elif version != str(schema.SCHEMA_VERSION):
-                raise StoreError(
-                    f"store {self.path} has version {version}, this program writes {schema.SCHEMA_VERSION}. "
-                    "Use another store, or the release that wrote it"
-                )
-            # What was under way when the last service ended had no stored answer: it is to be asked again.
-            connection.execute(
-                sa.update(schema.requests).where(requests.state == "in_flight").values(state="pending")
-            )
+        worker_lock(folder, self.worker).parent.mkdir(exist_ok=True)
+        alive = FileLock(worker_lock(folder, self.worker))
+        self._locks.append(alive)
+        alive.take()
+
+    def _sign_on(self, connection: Connection) -> None:
+        """Takes part; gives back what dead workers had in flight. Jobs that nobody runs any more are interrupted."""
+        leases.reclaim(connection, self.folder, self.worker, now())
+        others = connection.execute(sa.select(sa.func.count()).select_from(schema.workers)).scalar_one()
+        self._beat(connection)
+        if not others:
+            state = schema.jobs.c.state
             connection.execute(
                 sa.update(schema.jobs)
-                .where(jobs.state == "running")
+                .where(state.in_(("running", "out_of_budget")))
                 .values(state="interrupted", reason="the service ended before the job did; submit it again")
             )
 
+    def _beat(self, connection: Connection) -> None:
+        leases.beat(connection, self.worker, socket.gethostname(), os.getpid(), self._started)
+
+    def _let_go(self) -> None:
+        self.engine.dispose()
+        for lock in self._locks:
+            lock.close()
+        if self.folder is not None:
+            with contextlib.suppress(OSError):
+                worker_lock(self.folder, self.worker).unlink()
+
     # ---- writing -----------------------------------------------------------------------------------------------
 
-    def write(self, **rows: list[Row]) -> Future[None]:
+    @property
+    def stalled(self) -> str:
+        """Why nothing can be written at present; "" if all is well."""
+        return self._writer.stalled
+
+    def write(self, settles: list[Settle] | None = None, **rows: list[Row]) -> Future[None]:
         """Queues rows by table (`requests`, `states`, `responses`, ...); the future is done when they are committed."""
-        future: Future[None] = Future()
-        if self._closing:
-            future.set_exception(StoreError("the store is closed"))
-        else:
-            self._queue.put((rows, future))
-        return future
+        return self._writer.write(rows, settles)
 
-    def _write_groups(self) -> None:
-        while (first := self._queue.get()) is not None:
-            group, end = _Group(), False
-            group.add(*first)
-            with contextlib.suppress(queue.Empty):
-                while len(group.futures) < 4096:
-                    entry = self._queue.get_nowait()
-                    if entry is None:
-                        end = True
-                        break
-                    group.add(*entry)
-            self._commit(group)
-            if end:
-                return
+    def do(self, operation: Operation) -> Future[Any]:
+        """Queues an operation in the writer's next transaction; see `Writer.do`."""
+        return self._writer.do(operation)
 
-    def _commit(self, group: _Group) -> None:
-        wait = threading.Event()
-        while True:
-            try:
-                with self.engine.begin() as connection:
-                    for name, statement in _STATEMENTS.items():
-                        if group.rows[name]:
-                            connection.execute(statement, group.rows[name])
-            except OperationalError as error:  # disk full, I/O error, locked: can pass
-                self.stalled = (
-                    f"cannot write the store {self.path} ({_cause(error)}). Free space or mend the disk: "
-                    f"{len(group.rows['responses'])} answers wait in memory and are written as soon as it works"
+    def claim(self, job: str, wants: Sequence[leases.Want], since: str) -> Future[leases.Claimed]:
+        """Claims requests for this worker; see `leases.claim`."""
+        return self.do(lambda connection: leases.claim(connection, self.worker, job, wants, since))
+
+    def reserve(self, job: str, key: str, most: int) -> Future[bool]:
+        """Reserves once more for a request that is ours (a further attempt); False if the budget has no room."""
+
+        def operation(connection: Connection) -> bool:
+            scopes = [budget.SERVICE, job]
+            budget.ensure(connection, scopes)
+            rooms = [account.room for account in budget.accounts(connection, scopes, lock=True).values()]
+            fits = budget.affordable(rooms, [most])[0]
+            c = schema.requests.c
+            if fits:
+                mine = sa.and_(c.key == key, c.owner == self.worker, c.state == "in_flight")
+                fits = bool(
+                    connection.execute(sa.update(schema.requests).where(mine).values(reserved=most)).rowcount
                 )
-                log.error(self.stalled)
-                if self._closing:
-                    self._fail(group, StoreError(self.stalled))
-                    return
-                wait.wait(0.5)
-            except (DatabaseError, SQLAlchemyError) as error:
-                log.exception("writing the store failed")
-                self._fail(group, StoreError(f"store {self.path}: {_cause(error)}"))
-                return
-            else:
-                self.stalled = ""
-                for future in group.futures:
-                    future.set_result(None)
-                return
+            if fits:
+                budget.apply(connection, {scope: budget.Change(reserved=most) for scope in scopes})
+            return fits
 
-    @staticmethod
-    def _fail(group: _Group, error: StoreError) -> None:
-        for future in group.futures:
-            future.set_exception(error)
+        return self.do(operation)
+
+    def give_back(self, job: str, keys: Sequence[str]) -> Future[None]:
+        """Makes requests of ours that were not sent pending again and frees what was reserved for them."""
+
+        def operation(connection: Connection) -> None:
+            c = schema.requests.c
+            mine = sa.and_(c.key.in_(keys), c.owner == self.worker, c.state == "in_flight")
+            freed = connection.execute(sa.select(sa.func.sum(c.reserved)).where(mine)).scalar() or 0
+            connection.execute(
+                sa.update(schema.requests).where(mine).values(state="pending", owner="", reserved=0)
+            )
+            if freed:
+                change = {scope: budget.Change(reserved=-int(freed)) for scope in (budget.SERVICE, job)}
+                budget.apply(connection, change)
+
+        return self.do(operation)
+
+    def beat(self) -> Future[int]:
+        """Renews this worker's lease and gives back what dead ones held; how many requests that were."""
+
+        def operation(connection: Connection) -> int:
+            self._beat(connection)
+            return leases.reclaim(connection, self.folder, self.worker, now())
+
+        return self.do(operation)
+
+    def set_cap(self, cap: int | None, scope: str = budget.SERVICE) -> None:
+        """Sets a hard budget in nano-dollars; None lifts it. Jobs that were out of budget go on by themselves."""
+        self.do(lambda connection: budget.set_cap(connection, scope, cap)).result()
+
+    def begin_job(self, row: Row, body: bytes | None, cap: int | None) -> Future[int]:
+        """Writes a job's row for a new run, its budget, and its body for other workers; the number of the run."""
+
+        def operation(connection: Connection) -> int:
+            jobs, bodies = schema.jobs, schema.job_bodies
+            old = connection.execute(sa.select(jobs.c.run).where(jobs.c.id == row["id"])).scalar()
+            run = (old or 0) + 1
+            connection.execute(sa.delete(jobs).where(jobs.c.id == row["id"]))
+            connection.execute(sa.insert(jobs).values(**row, run=run))
+            connection.execute(sa.delete(bodies).where(bodies.c.job == row["id"]))
+            if body is not None:
+                connection.execute(sa.insert(bodies).values(job=row["id"], body=packed))
+            if cap is not None:
+                budget.set_cap(connection, row["id"], cap)
+            return run
+
+        packed = zlib.compress(body, 1) if body is not None else b""
+        return self.do(operation)
+
+    def end_job(self, job: str, run: int, state: str, reason: str, counts: str) -> Future[bool]:
+        """Writes how a run of a job ended, once: False if another worker did, or if it was run again."""
+
+        def operation(connection: Connection) -> bool:
+            jobs = schema.jobs
+            ours = sa.and_(
+                jobs.c.id == job,
+                jobs.c.run == run,
+                jobs.c.state.in_(("running", "out_of_budget", "interrupted")),
+            )
+            values = {"state": state, "reason": reason, "counts": counts, "updated": now()}
+            done = bool(connection.execute(sa.update(jobs).where(ours).values(**values)).rowcount)
+            if done and state in ("done", "failed"):
+                connection.execute(sa.delete(schema.job_bodies).where(schema.job_bodies.c.job == job))
+            return done
+
+        return self.do(operation)
+
+    def set_job_state(self, job: str, run: int, state: str) -> Future[None]:
+        """A change of state within a run."""
+        jobs = schema.jobs
+        ours = sa.and_(jobs.c.id == job, jobs.c.run == run)
+        return self.do(
+            lambda connection: (
+                connection.execute(sa.update(jobs).where(ours).values(state=state, updated=now())).rowcount
+            )
+        )
+
+    def others(self) -> int:
+        """How many other workers take part in the store."""
+        workers = schema.workers
+        query = sa.select(sa.func.count()).select_from(workers).where(workers.c.id != self.worker)
+        with self.engine.connect() as connection:
+            return connection.execute(query).scalar_one()
 
     def close(self) -> None:
-        """Writes what is queued and lets go of the file."""
-        if not self._closing:
-            self._closing = True
-            self._queue.put(None)
-            self._thread.join()
-            self.engine.dispose()
-            os.close(self._lock)
-
-    # ---- reading -----------------------------------------------------------------------------------------------
-
-    def answered(self, keys: Sequence[str]) -> dict[str, Row]:
-        """Stored responses (columns of `responses`) of those keys that have one."""
-        return self._by_key(schema.responses, keys)
-
-    def attempts(self, keys: Sequence[str]) -> dict[str, int]:
-        """Attempts made so far for the keys that are known."""
-        return {key: row["attempts"] for key, row in self._by_key(schema.requests, keys).items()}
-
-    def _by_key(self, table: sa.Table, keys: Sequence[str]) -> dict[str, Row]:
-        found: dict[str, Row] = {}
-        with self.engine.connect() as connection:
-            for start in range(0, len(keys), 500):
-                query = sa.select(table).where(table.c.key.in_(keys[start : start + 500]))
-                found |= {row["key"]: dict(row) for row in connection.execute(query).mappings()}
-        return found
-
-    def job(self, job_id: str) -> Row | None:
-        """A job's row, its counts decoded."""
-        with self.engine.connect() as connection:
-            row = (
-                connection.execute(sa.select(schema.jobs).where(schema.jobs.c.id == job_id))
-                .mappings()
-                .first()
-            )
-        return None if row is None else {**row, "counts": json.loads(row["counts"])}
-
-    def job_list(self, limit: int = 100) -> list[Row]:
-        """The newest jobs."""
-        query = sa.select(schema.jobs).order_by(schema.jobs.c.created.desc()).limit(limit)
-        with self.engine.connect() as connection:
-            return [{**r, "counts": json.loads(r["counts"])} for r in connection.execute(query).mappings()]
-
-    def job_results(
-        self, job_id: str, *, parts: bool = False, offset: int = 0, limit: int | None = None
-    ) -> Iterator[str]:
-        """JSON records of a job in the order of its items: the final results, or the single orders behind them."""
-        items, results = schema.job_items.c, schema.results.c
-        query = (
-            sa.select(results.record)
-            .join_from(schema.job_items, schema.results, items.result == results.key)
-            .where(items.job == job_id, items.part > 0 if parts else items.part == 0)
-            .order_by(items.position, items.part)
-            .offset(offset)
-        )
-        if limit is not None:
-            query = query.limit(limit)
-        with self.engine.connect() as connection:
-            yield from connection.execution_options(yield_per=1000).execute(query).scalars()
-
-    def stats(self) -> Row:
-        """Counts by state, and the usage of all answers."""
-        c, responses = sa.func.count, schema.responses.c
-        with self.engine.connect() as connection:
-
-            def by(table: sa.Table, column: Any) -> dict[str, int]:
-                query = sa.select(column, c()).select_from(table).group_by(column)
-                return {row[0]: row[1] for row in connection.execute(query)}
-
-            usage = connection.execute(
-                sa.select(
-                    c(),
-                    sa.func.coalesce(sa.func.sum(responses.prompt_tokens), 0),
-                    sa.func.coalesce(sa.func.sum(responses.completion_tokens), 0),
-                    sa.func.coalesce(sa.func.sum(responses.cost), 0.0),
-                )
-            ).one()
-            return {
-                "requests": by(schema.requests, schema.requests.c.state),
-                "failures": by(schema.failures, schema.failures.c.kind),
-                "results": by(schema.results, schema.results.c.status),
-                "jobs": by(schema.jobs, schema.jobs.c.state),
-                "answers": usage[0],
-                "prompt_tokens": usage[1],
-                "completion_tokens": usage[2],
-                "cost": usage[3],
-            }
-
-
-def _cause(error: Exception) -> str:
-    return str(getattr(error, "orig", None) or error)
+        """Writes what is queued, gives back what is ours, and lets go of the store."""
+        if self._closed:
+            return
+        self._closed = True
+        self._writer.close()
+        with (
+            contextlib.suppress(SQLAlchemyError),
+            self.engine.execution_options(immediate=True).begin() as connection,
+        ):
+            leases.release(connection, [self.worker], now())
+            connection.execute(sa.delete(schema.workers).where(schema.workers.c.id == self.worker))
+        self._let_go()

@@ -13,7 +13,8 @@ from typing import Any
 
 from laif_jax.config.schema import SimulatedSpec
 from laif_jax.labeling.calls import Endpoint
-from laif_jax.labeling.jobs import Job, JobStatus, JudgeJob, Runner
+from laif_jax.labeling.jobs import Job, JobStatus, JudgeJob
+from laif_jax.labeling.runner import Runner
 from laif_jax.labeling.store import Store
 from laif_jax.records import Comparison, Completion, Judgement, Prompt
 

@@ -9,7 +9,8 @@ import sqlalchemy as sa
 
 from laif_jax.labeling import schema
 from laif_jax.labeling.errors import StoreError
-from laif_jax.labeling.jobs import JudgeJob, Runner
+from laif_jax.labeling.jobs import JudgeJob
+from laif_jax.labeling.runner import Runner
 from laif_jax.labeling.store import Store
 from tests.labeling.helpers import judge, planted, run_job, simulated
 
@@ -20,9 +21,6 @@ def response(key: str, body: str = "{}") -> dict:
         "body": body,
         "model": "m",
         "system_fingerprint": "",
-        "prompt_tokens": 1,
-        "completion_tokens": 1,
-        "cost": None,
         "latency": 0.1,
         "attempt": 0,
         "date": "now",

@@ -1,0 +1,258 @@
+"""The store's one writing thread: what is queued is grouped, and a group is one transaction.
+
+SQLite commits a group with `synchronous=FULL`, so a future that is done means the rows survive SIGKILL and power loss.
+If the disk is full or the database out of reach, the group stays in memory and is tried again until it works; nobody who
+waits for a commit goes on to the next paid call meanwhile.
+"""
+
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
+
+from laif_jax.labeling import budget, schema
+from laif_jax.labeling.errors import StoreError
+
+log = logging.getLogger(__name__)
+Row = dict[str, Any]
+GROUP = 4096  # entries of a group at most
+
+
+@dataclass(frozen=True, slots=True)
+class Settle:
+    """What becomes of a call's reservation.
+
+    Attributes:
+      kind: "answered", "presumed" (no answer we have, but it may be on the bill) or "free" (certainly not billed).
+      nanos: what the call cost, or may have cost; None: the price is not known.
+      most: what is reserved for it; 0: nothing.
+      tokens: of the prompt, those of it that were cached, of the completion.
+    """
+
+    key: str
+    job: str
+    attempt: int
+    kind: str
+    nanos: int | None
+    date: str
+    most: int = 0
+    tokens: tuple[int | None, int | None, int | None] = (None, None, None)
+
+
+Operation = Callable[[Connection], Any]
+
+
+@dataclass
+class _Group:
+    rows: dict[str, list[Row]]
+    settles: list[Settle] = field(default_factory=list)
+    operations: list[tuple[Operation, Future[Any]]] = field(default_factory=list)
+    futures: list[Future[Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    rows: dict[str, list[Row]]
+    settles: list[Settle]
+    operation: Operation | None
+    future: Future[Any]
+
+
+class Writer:
+    """Queues rows and operations; see the module's text.
+
+    Args:
+      worker: its id; a call that is given back only counts if it is still ours.
+      where: the store's place, for messages.
+    """
+
+    def __init__(self, engine: Engine, worker: str, where: str) -> None:
+        self.stalled = ""  # why nothing can be written at present
+        self._engine = engine.execution_options(immediate=True)
+        self._worker, self._where = worker, where
+        self._statements = _statements(engine.dialect.name, worker)
+        self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
+        self._closing = False
+        self._wait = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="label-store", daemon=True)
+        self._thread.start()
+
+    def write(self, rows: dict[str, list[Row]], settles: list[Settle] | None = None) -> Future[None]:
+        """Queues rows by table; the future is done when they are committed."""
+        return self._put(_Entry(rows, settles or [], None, Future()))
+
+    def do(self, operation: Operation) -> Future[Any]:
+        """Queues `operation(connection)`, to run in the transaction of its group, after the rows queued before it; the
+        future has its value once that is committed. It may run again if the transaction fails."""
+        return self._put(_Entry({}, [], operation, Future()))
+
+    def _put(self, entry: _Entry) -> Future[Any]:
+        if self._closing:
+            entry.future.set_exception(StoreError("the store is closed"))
+        else:
+            self._queue.put(entry)
+        return entry.future
+
+    def close(self) -> None:
+        """Writes what is queued, then ends."""
+        if not self._closing:
+            self._closing = True
+            self._queue.put(None)
+            self._thread.join()
+
+    # ---- the thread --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while (first := self._queue.get()) is not None:
+            group, end = _Group({name: [] for name in self._statements}), False
+            self._add(group, first)
+            with contextlib.suppress(queue.Empty):
+                while len(group.futures) < GROUP:
+                    entry = self._queue.get_nowait()
+                    if entry is None:
+                        end = True
+                        break
+                    self._add(group, entry)
+            self._commit(group)
+            if end:
+                return
+
+    @staticmethod
+    def _add(group: _Group, entry: _Entry) -> None:
+        for name, rows in entry.rows.items():
+            group.rows[name] += rows
+        group.settles += entry.settles
+        if entry.operation is not None:
+            group.operations.append((entry.operation, entry.future))
+        group.futures.append(entry.future)
+
+    def _commit(self, group: _Group) -> None:
+        while True:
+            try:
+                with self._engine.begin() as connection:
+                    self._settle(connection, group.settles)
+                    for name, statement in self._statements.items():
+                        if group.rows[name]:
+                            connection.execute(statement, group.rows[name])
+                    values = {id(future): operation(connection) for operation, future in group.operations}
+            except OperationalError as error:  # disk full, I/O error, locked, connection lost: can pass
+                self.stalled = (
+                    f"cannot write the store {self._where} ({cause(error)}). Free space or mend the disk or database: "
+                    f"{len(group.rows['responses'])} answers wait in memory and are written as soon as it works"
+                )
+                log.error("%s", self.stalled)
+                if self._closing:
+                    return self._fail(group, StoreError(self.stalled))
+                self._wait.wait(0.5)
+            except (DatabaseError, SQLAlchemyError) as error:
+                log.exception("writing the store failed")
+                return self._fail(group, StoreError(f"store {self._where}: {cause(error)}"))
+            except Exception as error:  # an operation's own defect must not end the thread and hang everybody
+                log.exception("an operation on the store failed")
+                return self._fail(group, StoreError(f"store {self._where}: {error!r}"))
+            else:
+                self.stalled = ""
+                for future in group.futures:
+                    future.set_result(values.get(id(future)))
+                return None
+
+    @staticmethod
+    def _fail(group: _Group, error: StoreError) -> None:
+        for future in group.futures:
+            future.set_exception(error)
+
+    def _settle(self, connection: Connection, settles: list[Settle]) -> None:
+        """Books calls; a reservation that was given back meanwhile (an expired lease) is booked already."""
+        if not settles:
+            return
+        ours = self._ours(connection, sorted({settle.key for settle in settles if settle.most}))
+        changes: dict[str, budget.Change] = {}
+        ledger = []
+        for settle in settles:
+            nanos = settle.nanos
+            if settle.most:
+                booked = 0 if settle.key not in ours else nanos or 0
+                freed = settle.most if settle.key in ours else 0
+                presumed = settle.kind == "presumed"
+                for scope in {budget.SERVICE, settle.job}:
+                    changes.setdefault(scope, budget.Change()).add(
+                        spent=0 if presumed else booked, presumed=booked if presumed else 0, reserved=-freed
+                    )
+                nanos = booked
+            if settle.kind != "free":
+                ledger.append(_ledger_row(settle, nanos))
+        if ledger:
+            connection.execute(_LEDGER, ledger)
+        budget.apply(connection, changes)
+        if ours:
+            connection.execute(_UNRESERVE, [{"k": key} for key in sorted(ours)])
+
+    def _ours(self, connection: Connection, keys: list[str]) -> set[str]:
+        c = schema.requests.c
+        found: set[str] = set()
+        for start in range(0, len(keys), 500):
+            query = sa.select(c.key).where(c.key.in_(keys[start : start + 500]), c.owner == self._worker)
+            found |= set(connection.execute(query).scalars())
+        return found
+
+
+_LEDGER = sa.insert(schema.usage)
+_UNRESERVE = sa.update(schema.requests).where(schema.requests.c.key == sa.bindparam("k")).values(reserved=0)
+
+
+def _ledger_row(settle: Settle, nanos: int | None) -> Row:
+    prompt, cached, completion = settle.tokens
+    return {
+        "key": settle.key,
+        "attempt": settle.attempt,
+        "job": settle.job,
+        "kind": settle.kind,
+        "prompt_tokens": prompt,
+        "cached_tokens": cached,
+        "completion_tokens": completion,
+        "nanos": nanos,
+        "date": settle.date,
+    }
+
+
+def _statements(dialect: str, worker: str) -> dict[str, Any]:
+    """In the order in which a group is written: a request row exists before its state changes."""
+    insert: Any = sqlite.insert if dialect == "sqlite" else postgresql.insert
+
+    def upsert(table: sa.Table, *keys: str) -> Any:
+        statement = insert(table)
+        values = {c.name: statement.excluded[c.name] for c in table.columns if c.name not in (*keys, "id")}
+        return statement.on_conflict_do_update(index_elements=list(keys), set_=values)
+
+    def once(table: sa.Table) -> Any:
+        return insert(table).on_conflict_do_nothing(index_elements=["key"])
+
+    requests = schema.requests.c
+    changed = {name: sa.bindparam(name) for name in ("state", "attempts", "reason", "updated")}
+    ended = sa.update(schema.requests).values(owner="", reserved=0, **changed)
+    return {
+        "requests": once(schema.requests),
+        "request_texts": once(schema.request_texts),
+        # An answer counts whoever has the lease by now; a failure only if nobody else took the call over.
+        "states": ended.where(requests.key == sa.bindparam("k")),
+        "failed_states": ended.where(requests.key == sa.bindparam("k"), requests.owner == worker),
+        "responses": upsert(schema.responses, "key"),
+        "failures": upsert(schema.failures, "key", "attempt"),
+        "results": upsert(schema.results, "key"),
+        "jobs": upsert(schema.jobs, "id"),
+        "job_items": upsert(schema.job_items, "job", "position", "part"),
+    }
+
+
+def cause(error: Exception) -> str:
+    """The driver's own words."""
+    return str(getattr(error, "orig", None) or error)
