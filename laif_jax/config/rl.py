@@ -119,7 +119,8 @@ class KlSpec(Spec):
     Attributes:
       estimator: per token, with d = log pi - log ref of the sampled token: "k1": d; "k2": d^2 / 2; "k3":
         exp(-d) - 1 + d; "full": the sum over the whole vocabulary.
-      place: "reward": subtracted from each token's reward; "loss": added to the loss, with its gradient.
+      place: "reward": subtracted from each token's reward; "loss": added to the loss, with its gradient ("k1" has none
+        on average, and is refused there).
       coef: the coefficient, or its first value where it adapts.
       target, horizon: of the adaptive controller (Ziegler et al. 2019, section 2.2): KL per response to hold, and
         episodes over which the error acts. None: the coefficient stays fixed.
@@ -130,6 +131,15 @@ class KlSpec(Spec):
     coef: float = Field(default=0.05, ge=0)
     target: float | None = Field(default=None, gt=0)
     horizon: Positive = 10000
+
+    @model_validator(mode="after")
+    def _check_kl(self) -> "KlSpec":
+        if self.place == "loss" and self.estimator == "k1":
+            raise ValueError(
+                "`place: loss` with `estimator: k1` holds nothing: the gradient of k1 is 0 on average. Use `k2` or "
+                "`full` (the KL itself) or `k3` (as GRPO does), or `place: reward`"
+            )
+        return self
 
     def unused(self) -> dict[str, tuple[str, str]]:
         return {"horizon": ("a fixed coefficient", "a `target`")} if self.target is None else {}

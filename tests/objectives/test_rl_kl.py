@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from laif_jax.config.rl import KlSpec
 from laif_jax.objectives.rl import adaptive_kl, full_kl, kl_estimate
 from tests.objectives import rl_reference
 
@@ -111,6 +112,12 @@ def test_any_dtype_comes_out_float32():
 def test_an_unknown_estimator_is_named(kind, message):
     with pytest.raises(ValueError, match=message):
         kl_estimate(kind, jnp.zeros(1), jnp.zeros(1))
+
+
+def test_a_kl_in_the_loss_that_has_no_gradient_is_refused():
+    with pytest.raises(ValueError, match="the gradient of k1 is 0 on average"):
+        KlSpec(place="loss")
+    assert KlSpec(place="loss", estimator="k2").coef > 0
 
 
 @given(
