@@ -109,6 +109,8 @@ class EndpointSpec(Spec):
       client: of "openai": "sdk" is the official package; "plain" needs no extra package and costs less per call.
       cassette: a file of recorded exchanges. cassette_mode: "record" adds to it, "replay" answers from it alone.
       concurrency: calls in flight at most. timeout: seconds per call. max_attempts: tries per call.
+      batch: ask through the provider's batch API: half the price, answers within a day.
+      batch_folder: of Vertex AI's batches: a folder for their files, gs://bucket/folder.
       prompt_price, completion_price: US dollars per million tokens; None: those of the price table.
       cached_prompt_price: of prompt tokens that the endpoint had cached; None: as `prompt_price`.
       batch_discount: what a batch is cheaper by (0.5: half the price); None: nothing, with prices given here.
@@ -125,6 +127,8 @@ class EndpointSpec(Spec):
     client: Literal["sdk", "plain"] = "sdk"
     cassette: str | None = None
     cassette_mode: Literal["replay", "record"] = "replay"
+    batch: bool = False
+    batch_folder: str | None = None
     gguf: str | None = None
     checkpoint: str | None = None
     reward: bool = False
@@ -168,6 +172,14 @@ class EndpointSpec(Spec):
             raise ValueError("give one of `api_key_env` and `api_key_file`")
         if self.project and (self.api_key_env or self.api_key_file):
             raise ValueError("`project` asks Vertex AI, with Google's own credentials: remove the API key")
+        if self.batch and self.cassette:
+            raise ValueError("`batch` and `cassette` do not go together: remove one")
+        if self.batch and self.project and not self.batch_folder:
+            raise ValueError("a batch on Vertex AI needs `batch_folder`, for example gs://bucket/folder")
+        if self.batch_folder and not (self.batch and self.project):
+            raise ValueError(
+                "`batch_folder` is for batches on Vertex AI: it needs `batch: true` and `project`"
+            )
         if self.location and not self.project:
             raise ValueError("`location` is Vertex AI's: it needs `project`")
         return self
@@ -183,6 +195,8 @@ class EndpointSpec(Spec):
             "client": ("openai",),
             "cassette": _REMOTE,
             "cassette_mode": _REMOTE,
+            "batch": _REMOTE,
+            "batch_folder": ("google",),
             "simulated": ("simulated",),
             "gguf": ("llama_cpp",),
             "checkpoint": ("checkpoint",),
@@ -234,12 +248,19 @@ class CriticSpec(Spec):
 
 
 class LabelingSpec(Spec):
-    """The labelling service. `url`: None: `laif run` starts one for the study, with its store at `store`."""
+    """The labelling service. `url`: None: `laif run` starts one for the study, with its store at `store`.
+
+    Attributes:
+      min_coverage: least share of the items that must be answered; with fewer a stage ends, and keeps what came.
+      max_wait: seconds that a stage waits, beyond each call's own attempts, for an endpoint that is down to come back,
+        counted from its last answer, before it ends so.
+    """
 
     url: str | None = None
     store: str | None = None
     poll: float = Field(default=0.2, gt=0)
     min_coverage: Fraction = 0.9
+    max_wait: float = Field(default=300.0, ge=0)
 
     def unused(self) -> dict[str, tuple[str, str]]:
         return {} if self.url is None else {"store": ("`url`", "a service that `laif run` starts")}

@@ -8,6 +8,8 @@ Rules:
 * Order "seeded": one order per comparison, drawn from the seed and the comparison's content.
 * If one of the two orders gave no label, the merged judgement gives none: half an average would carry the critic's
   position bias. Its status is the worse one of the two (failed, refused, unparsable, in that order).
+* `meta.passing` of a failed one says whether it may be over when the comparison is put again: nobody was reached, or
+  there were too many calls, not a request that is never accepted.
 * The critic's text that only refuses is `refused`; any other text that the parser cannot read is `unparsable`.
 """
 
@@ -79,7 +81,9 @@ def read_judgement(comparison: Comparison, order: Order, critic: Critic, outcome
         "date": outcome.date,
     }
     if answer is None:
-        return Judgement(status=Status.FAILED, reason=outcome.reason, **common)
+        return Judgement(
+            status=Status.FAILED, reason=outcome.reason, meta={"passing": outcome.passing}, **common
+        )
     verdict = _read(critic, outcome)
     p_second = verdict.p_second
     return Judgement(
@@ -129,7 +133,10 @@ def merge(comparison: Comparison, critic: Critic, parts: Sequence[Judgement]) ->
         bad = [part for part in parts if part.status is status]
         if bad:
             reason = "; ".join(f"order {part.order}: {part.reason}" for part in bad)
-            return Judgement(status=status, reason=reason, **common)
+            passing = (
+                {"passing": all(part.meta["passing"] for part in bad)} if status is Status.FAILED else {}
+            )
+            return Judgement(status=status, reason=reason, meta=passing, **common)
     by_order = {f"p_{part.order}": part.p_b for part in parts}
     p_b = sum(part.p_b or 0.0 for part in parts) / len(parts)
     tie = abs(p_b - 0.5) < 1e-12

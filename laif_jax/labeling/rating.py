@@ -43,8 +43,9 @@ class RatingOptions(BaseModel):
     """`read`: "logprobs" (expected score) or "text" (the number in the answer, for endpoints without log-probs).
 
     Of "logprobs": `search`: how many generated tokens are searched for the first that is a number; `min_mass`: least
-    probability of the ten together. Of "text": `pattern`: a regular expression whose first group is the number, for
-    answers that hold other numbers too; None: the answer may hold one number only ("8", "8/10", "Score: 8").
+    probability of the ten together, the ambiguous part not counted.
+    Of "text": `pattern`: a regular expression whose first group is the number, for answers that hold other numbers too;
+    None: the answer may hold one number only ("8", "8/10", "Score: 8").
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -131,13 +132,15 @@ class RatingParser:
         if number is not None and number not in SCORES:
             return _unparsable(f"the answer's number, {number}, is not from 1 to 10")
         found = _walk(answer.tokens[start:], answer.finish_reason)
-        mass = sum(found.p) + found.ambiguous
+        told = sum(found.p)
+        mass = told + found.ambiguous
         if mass > 1.05:
             return _unparsable(f"the ten numbers together have probability {mass:.3g}: not log-probabilities")
-        if sum(found.p) <= 0.0 or mass < self.options.min_mass:
+        if told <= 0.0 or told < self.options.min_mass:
+            beside = f" (beside {found.ambiguous:.3g} on a 1 that may begin 10)" if found.ambiguous else ""
             return _unparsable(
-                f"the numbers 1 to 10 have probability {mass:.3g} together at the answer's token, of which "
-                f"{found.ambiguous:.3g} may be 1 or 10; at least {self.options.min_mass} is asked for"
+                f"the numbers 1 to 10 together have probability {told:.3g} at the answer's token{beside}; more than "
+                f"{self.options.min_mass} is asked for"
             )
         p = _divide(found)
         total = math.fsum(p)

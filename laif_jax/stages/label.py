@@ -17,6 +17,7 @@ from laif_jax.stages import sample as sample_stage
 from laif_jax.stages import teach as teach_stage
 from laif_jax.stages.artifact import Artifact, StageError, run_stage
 from laif_jax.stages.context import Context
+from laif_jax.stages.patience import ask_patiently
 from laif_jax.stages.progress import job_lines
 from laif_jax.stages.usage import usage_of
 
@@ -71,15 +72,23 @@ def read_preferences(artifact: Artifact) -> list[Preference]:
 
 
 def judge(ctx: Context, spec: CriticSpec, comparisons: list[Comparison]) -> list[Judgement]:
-    """One judgement per comparison, in their order, through the labelling service."""
-    return ctx.services.client.judge(
-        ctx.services.endpoint(spec.endpoint),
-        spec.critic,
-        comparisons,
-        order=spec.order,
-        seed=ctx.config.seed,
-        on_progress=job_lines(f"judgements of {spec.endpoint}"),
-    )
+    """One judgement per comparison, in their order, through the labelling service.
+
+    Where fewer are decided than `labeling.min_coverage` asks for, because the critic is not there for a while, it is
+    asked again for the rest until `labeling.max_wait` seconds have passed without one more answer.
+    """
+
+    def ask() -> list[Judgement]:
+        return ctx.services.client.judge(
+            ctx.services.endpoint(spec.endpoint),
+            spec.critic,
+            comparisons,
+            order=spec.order,
+            seed=ctx.config.seed,
+            on_progress=job_lines(f"judgements of {spec.endpoint}"),
+        )
+
+    return ask_patiently(ask, spec.endpoint, ctx.config.labeling)
 
 
 def critic_settings(ctx: Context, spec: CriticSpec) -> dict[str, Any]:

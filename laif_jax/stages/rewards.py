@@ -15,13 +15,13 @@ from laif_jax.labeling.critic import load_critic
 from laif_jax.labeling.errors import LabelError
 from laif_jax.parallel import distributed
 from laif_jax.records import Completion, Prompt, Rating, Status
+from laif_jax.stages import patience
 from laif_jax.stages.artifact import StageError
 from laif_jax.stages.context import Context
 from laif_jax.stages.progress import job_lines
 from laif_jax.stages.usage import usage_of
 
 logger = logging.getLogger(__name__)
-PAUSE_FIRST, PAUSE_MOST = 1.0, 30.0  # seconds before a critic that does not answer is asked again
 
 
 class RewardFn(Protocol):
@@ -125,7 +125,7 @@ class CriticReward:
         Raises:
           StageError: not one row is rated.
         """
-        name, pause = self._spec.endpoint, PAUSE_FIRST
+        name, pause = self._spec.endpoint, patience.PAUSE_FIRST
         while True:
             ratings = client.rate(
                 endpoint,
@@ -146,7 +146,7 @@ class CriticReward:
                 *(len(rows) - rated, len(rows), name, passing[0].reason, left),
             )
             time.sleep(min(pause, left))
-            pause = min(2 * pause, PAUSE_MOST)
+            pause = min(2 * pause, patience.PAUSE_MOST)
         if rows and not rated:
             raise StageError(self._nothing(ratings))
         return ratings

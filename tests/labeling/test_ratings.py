@@ -335,3 +335,13 @@ def test_a_rating_is_of_a_completion_and_its_own_prompt() -> None:
     completion = Completion(prompt_id=other.id, generator="g", text="x")
     with pytest.raises(ValueError, match="answers prompt"):
         RateItem(prompt=one, completion=completion)
+
+
+def test_what_is_ambiguous_does_not_count_towards_the_mass_asked_for() -> None:
+    parser = make_parser("rating", {"min_mass": 0.1})
+    weak = token("The", {"The": 0.6, "1": 0.3, "2": 0.05, "4": 0.05})
+    assert parser.parse(answer(weak)).score is not None
+    weaker = parser.parse(answer(token("The", {"The": 0.6, "1": 0.35, "2": 0.05})))
+    assert weaker.status is Status.UNPARSABLE
+    assert "0.05" in weaker.reason
+    assert "0.35" in weaker.reason

@@ -8,7 +8,7 @@ import pytest
 
 from laif_jax.config import RewardSource
 from laif_jax.records import Completion, Prompt
-from laif_jax.stages import rewards
+from laif_jax.stages import patience, rewards
 from laif_jax.stages.artifact import StageError
 from laif_jax.worlds import symbols
 from tests.labeling.helpers import Reply, chat, fake_endpoint
@@ -53,7 +53,7 @@ def eight(hang: float = 0.0) -> Reply:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(rewards, "PAUSE_FIRST", 0.05)
+    monkeypatch.setattr(patience, "PAUSE_FIRST", 0.05)
 
 
 def test_planted_quality_becomes_a_reward_between_minus_one_and_one(make):

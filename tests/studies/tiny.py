@@ -44,7 +44,7 @@ TREE: dict[str, Any] = {
         "eval": {"kind": "symbols", "limit": 16, "split": "eval"},
         "symbols": {"symbols": 5, "min_length": 2, "max_length": 4, "max_steps": 1},
     },
-    "labeling": {"poll": 0.05},
+    "labeling": {"poll": 0.05, "max_wait": 0.0},
     "endpoints": {
         "weak": {"provider": "simulated", "simulated": {"world": "symbols", "skill": 0.5, "seed": 1}},
         "strong": {
