@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-QUICKLY_COMPILED = ("test_invariance", "test_step", "test_optim", "test_loop")
+QUICKLY_COMPILED = ("test_invariance", "test_step", "test_optim", "test_loop", "test_reward_task", "test_ppo")
 
 
 @pytest.fixture(scope="module", autouse=True)
