@@ -61,7 +61,7 @@ class Endpoint(BaseModel):
       options: more fields of the request's body; null removes one. They are part of a request's key.
       client: of "openai": "sdk", the official package, or "plain", which needs no extra package.
       cassette: a file of recorded exchanges: "record" adds to it, "replay" answers from it and never goes out.
-      prompt_price, cached_prompt_price, completion_price, batch_discount: see `EndpointSpec`.
+      batch, batch_folder, prompt_price, cached_prompt_price, completion_price, batch_discount: see `EndpointSpec`.
     """
 
     # An address that is refused may hold a secret: errors do not quote it.
@@ -87,6 +87,8 @@ class Endpoint(BaseModel):
     cached_prompt_price: float | None = Field(default=None, ge=0)
     completion_price: float | None = Field(default=None, ge=0)
     batch_discount: float | None = Field(default=None, ge=0, le=1)
+    batch: bool = False
+    batch_folder: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Endpoint":
@@ -161,7 +163,7 @@ class Endpoint(BaseModel):
 
 REMOTE_FIELDS = (
     *("base_url", "api_key_env", "api_key_file", "project", "location", "client"),
-    *("cassette", "cassette_mode"),
+    *("cassette", "cassette_mode", "batch", "batch_folder"),
 )
 
 
@@ -182,6 +184,9 @@ class Truth:
     quality: tuple[float | None, float | None] = (None, None)
     parser: Parser | RatingParser | None = None
     format_id: str = ""
+
+
+_LIMITS = ("max_tokens", "max_completion_tokens", "maxOutputTokens")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -225,6 +230,14 @@ class Call:
         data = text.encode("utf-8", "surrogatepass")
         object.__setattr__(self, "request", data.decode("utf-8", "replace"))
         object.__setattr__(self, "key", hashlib.sha256(data).hexdigest())
+
+    @property
+    def max_tokens(self) -> int | None:
+        """Completion tokens that may be billed at most, all samples together; None: nothing bounds them."""
+        options = self.endpoint.options
+        limits = [options[name] for name in _LIMITS if isinstance(options.get(name), int)]
+        limit = max(limits) if limits else self.params.get("max_tokens")
+        return None if limit is None else limit * self.params.get("n", 1)
 
     @property
     def needs_logprobs(self) -> bool:

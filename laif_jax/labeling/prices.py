@@ -147,7 +147,7 @@ class _Table:
     rows: tuple[tuple[re.Pattern[str], datetime.date | None, Price], ...]
 
     def find(self, model: str, on: datetime.date) -> Price | None:
-        """The price of the first pattern that fits; of several with dates the newest that has begun, else the oldest."""
+        """The price of the first pattern that fits; of several with dates the newest that has begun."""
         fitting = [row for row in self.rows if row[0].fullmatch(model)]
         if not fitting:
             return None

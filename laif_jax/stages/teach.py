@@ -74,6 +74,7 @@ def endpoint_settings(ctx: Context, name: str) -> dict[str, Any]:
     """The settings of an endpoint that its answers depend on. A local model counts by its weights, not by its path."""
     operational = {
         *("concurrency", "timeout", "max_attempts", "api_key_env", "api_key_file", "client"),
+        *("batch", "batch_folder"),
         *("prompt_price", "completion_price", "cached_prompt_price", "batch_discount"),
     }
     spec = ctx.config.endpoints[name]

@@ -43,26 +43,29 @@ class SdkTransport:
         self, sdk: Any, client: Any, base_url: str, path: str, headers: dict[str, Any] | None = None
     ) -> None:
         self.sdk, self.client, self._path = sdk, client, path
-        self._options = {"headers": headers or {}}
+        self._headers = headers or {}
         self._http = http_package(sdk)
         self.url = f"{base_url.rstrip('/')}{path}"
 
     async def send(self, body: dict[str, Any]) -> Exchange:
         return await self.request("post", self._path, body=_utf8(body))
 
-    async def request(self, method: str, path: str, **rest: Any) -> Exchange:
+    async def request(
+        self, method: str, path: str, headers: dict[str, str] | None = None, **rest: Any
+    ) -> Exchange:
         """Any request of the API; raises `CallError` only if there is no answer."""
+        options = {"headers": {**self._headers, **(headers or {})}}
         sdk, url = self.sdk, f"{str(self.client.base_url).rstrip('/')}{path}"
         try:
             response = await getattr(self.client, method)(
-                path, cast_to=self._http.Response, options=self._options, **rest
+                path, cast_to=self._http.Response, options=options, **rest
             )
         except sdk.APIStatusError as error:
             response = error.response
         except sdk.APIConnectionError as error:  # time-outs are a kind of it
             raise connection_error(url, error) from error
-        headers = {name.lower(): value for name, value in response.headers.items()}
-        return Exchange(response.status_code, headers, response.content)
+        lower = {name.lower(): value for name, value in response.headers.items()}
+        return Exchange(response.status_code, lower, response.content)
 
     async def close(self) -> None:
         await self.client.close()
