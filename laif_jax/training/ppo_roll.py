@@ -126,7 +126,8 @@ class Roller:
             scores[name] = np.zeros(self.layout.padded, np.float32)
             scores[name][: len(rows)] = np.where(ok, np.asarray(values, np.float32), 0.0)
             weight[: len(rows)] *= ok
-            metrics |= dict(getattr(reward, "metrics", {}))
+            suffix = f"/{name}" if len(self.rewards) > 1 else ""
+            metrics |= {key + suffix: value for key, value in getattr(reward, "metrics", {}).items()}
         seconds = {"rollout": rolled - start, "rewards": time.perf_counter() - rolled}
         return Rolled(rollout, scores, weight, rows, completions, counts[: len(rows)], seconds, metrics)
 
