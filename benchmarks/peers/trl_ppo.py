@@ -36,6 +36,7 @@ class Clock(TrainerCallback):
 
     def __init__(self):
         self.now = []
+        self.used = 0.0
         self.rows = []
 
     def watch(self):
@@ -43,6 +44,7 @@ class Clock(TrainerCallback):
         generation, whitening = ppo_trainer.batch_generation, ppo_trainer.masked_whiten
 
         def generated(*args, **kwargs):
+            self.used = time.process_time()
             self.now = [self.tick()]
             out = generation(*args, **kwargs)
             self.now.append(self.tick())
@@ -62,6 +64,7 @@ class Clock(TrainerCallback):
                 "generate_seconds": drawn - begin,
                 "score_seconds": scored - drawn,
                 "update_seconds": end - scored,
+                "cpu_seconds": time.process_time() - self.used,
             }
         )
 
