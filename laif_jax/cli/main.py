@@ -62,7 +62,10 @@ def _reward(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    _check_config(options)
+    from laif_jax.config.load import describes
+
+    kind = describes(options.config).__name__ if options.stage == "reward" else "StudyConfig"
+    _check_config(options, kind)
     from laif_jax.studies.inspect import inspect_stage
 
     inspect_stage(options.config, options.overrides, options.stage, options.batches)
@@ -149,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     with_config(verb("reward", _reward, "train and measure a reward model on files of pairs"))
     inspect = verb("inspect", _inspect, "print real training batches, tokens coloured by loss weight")
     with_config(inspect)
-    inspect.add_argument("--stage", choices=("sft", "dpo"), default="sft")
+    inspect.add_argument("--stage", choices=("sft", "dpo", "reward"), default="sft")
     inspect.add_argument("--batches", type=int, default=1, help="how many batches")
     verb("report", _report, "make a finished study's report again").add_argument(
         "run", help="the folder runs/NAME"

@@ -14,7 +14,7 @@ import pydantic
 import yaml
 from etils import epath
 
-from laif_jax.config.schema import ArmSpec, PpoConfig, RunConfig, StudyConfig
+from laif_jax.config.schema import ArmSpec, PpoConfig, RewardConfig, RunConfig, StudyConfig
 from laif_jax.records.errors import LaifError
 
 
@@ -158,6 +158,17 @@ def load_config(
     for key, value in parsed:
         _set_path(tree, key, value, f"override `{'.'.join(key)}`")
     return validate(tree, str(path), schema)
+
+
+def describes(path: str | epath.Path) -> type[RunConfig]:
+    """Which schema a file is of, by the section that only its kind has: `pairs` of `laif reward`, `rewards` of
+    `laif ppo`, else a study. A file that cannot be read is a study's, whose loading says what is wrong."""
+    path = epath.Path(path)
+    tree = _parse_yaml(path.read_text(), str(path)) if path.exists() else None
+    keys = set(tree) if isinstance(tree, dict) else set()
+    if "pairs" in keys:
+        return RewardConfig
+    return PpoConfig if "rewards" in keys else StudyConfig
 
 
 @typing.overload
