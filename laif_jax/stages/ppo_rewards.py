@@ -37,8 +37,8 @@ class Rewards:
 
     Attributes:
       weights: of all, by name. scorers: reward models that read the policy's tokens. host: computed from text.
-      value_from: the first of the scorers, in float32, for a value model to start from. views: names of the scorers
-        that are adapters over the policy's own base weights.
+      value_from: the first of the scorers, for a value model to start from; whole and in float32, where all of it will
+        be trained. views: names of the scorers that are adapters over the policy's own base weights.
     """
 
     weights: dict[str, float] = field(default_factory=dict)
@@ -96,8 +96,8 @@ def load_rewards(
         if difference and not source.retokenize:
             raise StageError(
                 f"rewards.{name}: the reward model in {folder} reads other tokens than the policy writes: "
-                f"{difference}. Set `rewards.{name}.retokenize: true` to score the decoded text with its own tokenizer, or train a "
-                "reward model from this policy"
+                f"{difference}. Set `rewards.{name}.retokenize: true` to score the decoded text by its own "
+                "tokenizer, or train a reward model from this policy"
             )
         if difference:
             logger.info("rewards.%s: scored as text by its own tokenizer (%s)", name, difference)
@@ -107,7 +107,7 @@ def load_rewards(
         rewards.scorers[name] = scorer
         rewards.views += [name] if is_view else []
         if rewards.value_from is None:
-            rewards.value_from = _whole(model, source) if whole_value or not is_view else scorer
+            rewards.value_from = _whole(model, source) if whole_value else scorer
     return rewards
 
 

@@ -108,7 +108,10 @@ def build_models(
       value_from: the reward model that a separate value model starts from; None: it starts from the policy.
     """
     mesh = auto_mesh(mesh)
-    moved = {name: dataclasses.replace(s, params=_on(s.params, mesh)) for name, s in (scorers or {}).items()}
+    moved = {name: _moved(scorer, mesh) for name, scorer in (scorers or {}).items()}
+    if value_from is not None:  # where it is one of the scorers, its frozen weights are to be the very same
+        same = next((moved[name] for name, scorer in (scorers or {}).items() if scorer is value_from), None)
+        value_from = same or _moved(value_from, mesh)
     params = _on(params, mesh)
     if cfg.lora is not None:
         params = frozen_in(params, cfg, dtype)
@@ -143,7 +146,6 @@ def _value_model(
     else:
         new = source.config.cfg
         tree = member(source.params, new, 0) if source.config.members > 1 else source.params
-        tree = _on(tree, mesh)
     if cfg.lora is None:  # everything is trained
         return (new, tree) if new.lora is None else (_plain(new), merge_lora(tree, new, dtype=jnp.float32))
     if new.lora is None:
@@ -208,6 +210,10 @@ def frozen_in(params: Tree, cfg: ModelConfig, dtype: Any) -> Tree:
 
 def _plain(cfg: ModelConfig) -> ModelConfig:
     return dataclasses.replace(cfg, lora=None)
+
+
+def _moved(scorer: Scorer, mesh: Mesh) -> Scorer:
+    return dataclasses.replace(scorer, params=_on(scorer.params, mesh))
 
 
 def _on(params: Any, mesh: Mesh) -> Tree:

@@ -75,7 +75,9 @@ def mesh(devices: int = 1) -> Mesh:
 
 
 def models(options: PpoSpec, *, devices: int = 1, lora: LoraSpec | None = None, **more) -> PpoModels:
-    return build_models(options, config(lora), params(lora), mesh=mesh(devices), key=jax.random.key(1), **more)
+    return build_models(
+        options, config(lora), params(lora), mesh=mesh(devices), key=jax.random.key(1), **more
+    )
 
 
 # ---- the update alone ------------------------------------------------------------------------------------------
