@@ -169,13 +169,14 @@ def reclaim(connection: Connection, folder: Path | None, me: str, date: str) -> 
     """Gives back what dead workers had in flight, and books their reservations as presumably paid; how many requests.
 
     Args:
-      folder: of a SQLite store, whose workers are all on this machine; None: only expired leases count.
+      folder: of a SQLite store, whose workers are all on this machine, where a dead one is known at once; None: only
+        expired leases count.
     """
     c = workers.c
     rows = connection.execute(sa.select(c.id, c.expires).where(c.id != me)).all()
     now = clock(connection)
     expired = [row.id for row in rows if row.expires < now]
-    dead = dead_workers(folder, [row.id for row in rows]) if folder is not None else expired
+    dead = sorted({*expired, *(dead_workers(folder, [row.id for row in rows]) if folder is not None else ())})
     owned = set(
         connection.execute(
             sa.select(requests.c.owner).where(requests.c.state == "in_flight").distinct()

@@ -273,6 +273,7 @@ class JobRun:
                         Outcome(entry.call.key, None, why, passing=self.party.breaker.passing, asked=False),
                     )
                 return
+            idle = self._asking == 0  # then nothing that is reserved for this job can come back
             claimed = await self._claim(entries)
             by_key = {entry.call.key: entry for entry in entries}
             for key, attempts in claimed.granted.items():
@@ -285,10 +286,10 @@ class JobRun:
             for key in (*claimed.answered, *claimed.busy):
                 self._put_off(by_key[key])
             entries = [by_key[key] for key in claimed.denied]
-            if claimed.granted:
-                self._state = "running"
+            if claimed.granted and self._state != "running":
+                await self._change("running")
             if entries:
-                await self._wait_for_money()
+                await self._wait_for_money(idle and not claimed.granted)
 
     async def _claim(self, entries: list[_Asked]) -> Claimed:
         calls = [entry.call for entry in entries]
@@ -305,13 +306,16 @@ class JobRun:
                 item.dropped = True
                 self._later.append(item.position)
 
-    async def _wait_for_money(self) -> None:
+    async def _wait_for_money(self, idle: bool) -> None:
         """Calls under way may cost less than what is reserved for them; after them only a raise of the budget helps."""
-        if self._asking == 0 and self._state != "out_of_budget":
-            self._state = "out_of_budget"
+        if idle and self._state != "out_of_budget":
             log.warning("job %s is out of budget; it goes on when the budget is raised", self.id)
-            await asyncio.wrap_future(self.store.set_job_state(self.id, self.run_number, "out_of_budget"))
+            await self._change("out_of_budget")
         await self._wait(0.25)
+
+    async def _change(self, state: str) -> None:
+        await asyncio.wrap_future(self.store.set_job_state(self.id, self.run_number, state))
+        self._state = state
 
     # ---- calls and results -------------------------------------------------------------------------------------
 
