@@ -13,7 +13,7 @@ from laif_jax.labeling.providers.batch import BatchTransport, Progress
 from laif_jax.labeling.providers.google_batch import GoogleBatches
 from laif_jax.labeling.providers.ledger import Batch
 from laif_jax.labeling.providers.openai import OpenAITransport
-from laif_jax.labeling.providers.remote import Exchange
+from laif_jax.labeling.providers.remote import Exchange, utf8
 from laif_jax.labeling.providers.sdk import SdkTransport
 from laif_jax.labeling.wires import WIRES
 from laif_jax.labeling.wires.base import decode
@@ -99,7 +99,12 @@ class OpenAIBatches(_Batches):
     async def submit(self, tag: str, calls: Sequence[Call]) -> str:
         lines = [
             json.dumps(
-                {"custom_id": call.key, "method": "POST", "url": "/v1/chat/completions", "body": call.body()},
+                {
+                    "custom_id": call.key,
+                    "method": "POST",
+                    "url": "/v1/chat/completions",
+                    "body": utf8(call.body()),
+                },
                 ensure_ascii=False,
             )
             for call in calls
@@ -198,7 +203,7 @@ class AnthropicBatches(_Batches):
         super().__init__(endpoint, AnthropicTransport(endpoint, key))
 
     async def submit(self, tag: str, calls: Sequence[Call]) -> str:
-        rows = [{"custom_id": call.key, "params": call.body()} for call in calls]
+        rows = [{"custom_id": call.key, "params": utf8(call.body())} for call in calls]
         batch = await self._json("post", "/v1/messages/batches", body={"requests": rows})
         return _id(batch)
 

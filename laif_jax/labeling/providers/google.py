@@ -105,11 +105,11 @@ class GoogleTransport:
             raise connection_error(self.url, error) from error
         except auth.GoogleAuthError as error:
             raise unreachable(self.url, error, sent=False) from error
-        except ValueError as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             # Before the exchange: a field that the package does not have. After it: a body that it cannot read,
             # which is told by our own reading of it.
             if not seen:
-                raise BadRequest(reason=f"{self.url}: the request cannot be written: {error}") from error
+                raise BadRequest(reason=f"{self.url}: the request cannot be written: {error!r}") from error
         finally:
             _seen.reset(token)
         response = seen[-1]

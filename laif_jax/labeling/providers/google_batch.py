@@ -12,7 +12,7 @@ from laif_jax.labeling.keys import Key
 from laif_jax.labeling.providers.batch import Progress
 from laif_jax.labeling.providers.google import config_of, http_package, make_client
 from laif_jax.labeling.providers.ledger import Batch
-from laif_jax.labeling.providers.remote import Exchange, connection_error
+from laif_jax.labeling.providers.remote import Exchange, connection_error, utf8
 from laif_jax.labeling.wires import WIRES
 
 _ENDED = ("SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED", "PARTIALLY_SUCCEEDED")
@@ -53,17 +53,14 @@ class GoogleBatches:
         source: Any
         config: dict[str, Any] = {"display_name": tag}
         if self._folder is None:
+            bodies = [(call.key, utf8(call.body())) for call in calls]
             source = [
-                {
-                    "contents": call.body()["contents"],
-                    "config": config_of(call.body()),
-                    "metadata": {"key": call.key},
-                }
-                for call in calls
+                {"contents": body["contents"], "config": config_of(body), "metadata": {"key": key}}
+                for key, body in bodies
             ]
         else:
             lines = [
-                json.dumps({"request": {**call.body(), "labels": {_LABEL: self.name(call.key)}}})
+                json.dumps({"request": {**utf8(call.body()), "labels": {_LABEL: self.name(call.key)}}})
                 for call in calls
             ]
             source = self._write(tag, "\n".join(lines) + "\n")

@@ -56,7 +56,7 @@ class RemoteProvider:
     async def call(self, call: Call, attempt: int) -> Reply:
         try:
             async with asyncio.timeout(self.endpoint.timeout):
-                exchange = await self.transport.send(call.body())
+                exchange = await self.transport.send(utf8(call.body()))
         except TimeoutError as error:
             raise CallTimeout(
                 reason=f"{self.transport.url} did not answer within {self.endpoint.timeout:g} s"
@@ -77,6 +77,15 @@ class RemoteProvider:
 
     async def close(self) -> None:
         await self.transport.close()
+
+
+def utf8(value: Any) -> Any:
+    """Without lone surrogates (half an emoji cut by truncation), which are no UTF-8."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8") if not value.isascii() else value
+    if isinstance(value, dict):
+        return {key: utf8(item) for key, item in value.items()}
+    return [utf8(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def require(package: str, extra: str, provider: str) -> Any:

@@ -48,7 +48,7 @@ class SdkTransport:
         self.url = f"{base_url.rstrip('/')}{path}"
 
     async def send(self, body: dict[str, Any]) -> Exchange:
-        return await self.request("post", self._path, body=_utf8(body))
+        return await self.request("post", self._path, body=body)
 
     async def request(
         self, method: str, path: str, headers: dict[str, str] | None = None, **rest: Any
@@ -69,12 +69,3 @@ class SdkTransport:
 
     async def close(self) -> None:
         await self.client.close()
-
-
-def _utf8(value: Any) -> Any:
-    """Without lone surrogates (half an emoji cut by truncation), which are no UTF-8."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode("utf-8") if not value.isascii() else value
-    if isinstance(value, dict):
-        return {key: _utf8(item) for key, item in value.items()}
-    return [_utf8(item) for item in value] if isinstance(value, list | tuple) else value
