@@ -185,7 +185,14 @@ def start_reward_model(
 
     Args:
       spec: its `members`, `end_of_context` and lengths. mesh: of the parameters, if they are on one.
+
+    Raises:
+      ValueError: `model` holds the members of an ensemble; start from one of them.
     """
+    if model.params["embed"]["embedding"].ndim != 2:
+        raise ValueError(
+            "a reward model starts from one model, not from an ensemble: give the folder of a member"
+        )
     tokenizer, end, pad, added = _special_tokens(model, spec)
     cfg = dataclasses.replace(model.cfg, pad_id=pad)
     params = dict(model.params)
