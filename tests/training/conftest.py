@@ -3,7 +3,15 @@
 import jax
 import pytest
 
-QUICKLY_COMPILED = ("test_invariance", "test_step", "test_optim", "test_loop", "test_reward_task", "test_ppo")
+QUICKLY_COMPILED = (
+    "test_invariance",
+    "test_step",
+    "test_optim",
+    "test_loop",
+    "test_reward_task",
+    "test_ppo",
+    "test_ppo_loop",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
