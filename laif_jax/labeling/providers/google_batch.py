@@ -63,8 +63,8 @@ class GoogleBatches:
                 json.dumps({"request": {**utf8(call.body()), "labels": {_LABEL: self.name(call.key)}}})
                 for call in calls
             ]
-            source = self._write(tag, "\n".join(lines) + "\n")
-            config["dest"] = str(self._folder / tag / "answers")
+            source = {"format": "jsonl", "gcs_uri": [self._write(tag, "\n".join(lines) + "\n")]}
+            config["dest"] = {"format": "jsonl", "gcs_uri": str(self._folder / tag / "answers")}
         job = await self._ask(
             self.client.aio.batches.create(model=self._endpoint.model, src=source, config=config)
         )
@@ -115,7 +115,7 @@ class GoogleBatches:
         uri = getattr(job.dest, "gcs_uri", None)
         if not uri:
             return found
-        for path in sorted(epath.Path(uri).glob("**/*.jsonl")):
+        for path in sorted(epath.Path(uri).glob("*/*.jsonl")):
             for line in path.read_text().splitlines():
                 try:
                     row = json.loads(line)
