@@ -51,7 +51,7 @@ def accuracy_figure(rates: Sequence[Mapping[str, Any]]) -> str:
         axes.axhline(50, color=MUTED, linestyle=(0, (1, 2)), linewidth=1)
         axes.set_xlabel("optimiser step")
         axes.set_ylabel("accuracy on held-out pairs, %")
-        figure.legend(loc="outside upper left", ncols=6, title=None)
+        figure.legend(loc="outside upper left", ncols=4)
         return svg(figure, "steps", "Accuracy on held-out pairs over steps per learning rate")
 
 
@@ -93,7 +93,8 @@ def length_figure(sets: Reports) -> str:
                 axes.plot([place - 0.4, place + 0.4], [longest, longest], color=FG, lw=1.6)
                 axes.annotate(f"n {row['n']}", (place, 2), ha="center", va="bottom", color=PAGE, fontsize=8)
             axes.axhline(50, color=MUTED, linestyle=(0, (1, 2)), linewidth=1)
-            axes.set_xticks(x, [length_range(row["low"], row["high"]) for row in bins], fontsize=8)
+            names = [length_range(row["low"], row["high"]).replace(" to ", "\nto ") for row in bins]
+            axes.set_xticks(x, names, fontsize=8)
             axes.tick_params(axis="x", length=0)
             axes.grid(visible=False, axis="x")
             axes.set_ylim(0, 105)

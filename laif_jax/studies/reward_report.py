@@ -66,8 +66,8 @@ def data_rows(data: Mapping[str, Any]) -> list[dict[str, Any]]:
     train = data["train"]
     rows = [{"name": "train", **train, "used": data["used"], "left_out": list(_left_out(train))}]
     more = {
-        "whose prompt occurs in a test set": data["dropped_because_in_test"],
-        "ties": data["ties_dropped"],
+        "of prompts in a test set": data["dropped_because_in_test"],
+        "tied": data["ties_dropped"],
         "held out": data["held_out"],
     }
     rows[0]["left_out"] += [f"{count:,} {reason}" for reason, count in more.items() if count]
@@ -108,8 +108,8 @@ def _verdict(name: str, row: Mapping[str, Any]) -> str:
     return (
         f"{name.replace('_', ' ')}: the preferred response scores higher in {percent(row['accuracy'], 1)} of "
         f"{row['n']:,} pairs (95% interval {percent(low, 1)} to {percent(high, 1)}). Taking the longer one is right in "
-        f"{percent(row['longest_wins'], 1)}: the model is {side} that, by {points(row['gain'])} points "
-        f"({points(less)} to {points(more)})."
+        f"{percent(row['longest_wins'], 1)}: the model is {side} that ({points(row['gain'])} points, "
+        f"{points(less)} to {points(more)})."
     )
 
 
