@@ -171,7 +171,7 @@ class LabelClient:
         for line in self._lines(status.id):
             rating = Rating.model_validate_json(line)
             found[rating.completion_id] = rating
-        if stop and status.state == "running":
+        if stop and status.state in ("running", "out_of_budget"):
             self._request("POST", f"/v1/jobs/{status.id}/stop", headers=_JSON)
         return [found.get(completion.id) for _, completion in completions]
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from laif_jax.labeling.jobs import JobStatus
 
 logger = logging.getLogger(__name__)
+BUDGET = "the budget of the labelling service is used up; calls go on when it is raised"
 
 
 def progress_lines(what: str, every: float = 15.0) -> Callable[[int, int], None]:
@@ -28,15 +29,16 @@ def progress_lines(what: str, every: float = 15.0) -> Callable[[int, int], None]
 
 
 def job_lines(what: str) -> Callable[[JobStatus], None]:
-    """The same for a job of the labelling service; why it is stalled, if it is, is logged each time that changes."""
+    """The same for a job of the labelling service; why it is held up, if it is, is logged each time that changes."""
     report = progress_lines(what)
-    stalled = ""
+    held = ""
 
     def look(status: JobStatus) -> None:
-        nonlocal stalled
+        nonlocal held
         report(status.done, status.total)
-        if status.stalled != stalled:
-            stalled = status.stalled
-            logger.warning("%s: %s", what, stalled or "goes on")
+        why = status.stalled or (BUDGET if status.state == "out_of_budget" else "")
+        if why != held:
+            held = why
+            logger.warning("%s: %s", what, why or "goes on")
 
     return look

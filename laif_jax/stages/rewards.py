@@ -13,12 +13,13 @@ from laif_jax.labeling.calls import Endpoint
 from laif_jax.labeling.client import LabelClient
 from laif_jax.labeling.critic import load_critic
 from laif_jax.labeling.errors import LabelError
+from laif_jax.labeling.jobs import JobStatus
 from laif_jax.parallel import distributed
 from laif_jax.records import Completion, Prompt, Rating, Status
 from laif_jax.stages import patience
 from laif_jax.stages.artifact import StageError
 from laif_jax.stages.context import Context
-from laif_jax.stages.progress import job_lines
+from laif_jax.stages.progress import BUDGET, job_lines
 from laif_jax.stages.usage import usage_of
 
 logger = logging.getLogger(__name__)
@@ -125,7 +126,14 @@ class CriticReward:
         Raises:
           StageError: not one row is rated.
         """
-        name, pause = self._spec.endpoint, patience.PAUSE_FIRST
+        name, pause, most = self._spec.endpoint, patience.PAUSE_FIRST, 0
+        lines, state = job_lines(f"ratings of {name}"), ""
+
+        def look(status: JobStatus) -> None:
+            nonlocal state
+            state = status.state
+            lines(status)
+
         while True:
             ratings = client.rate(
                 endpoint,
@@ -133,7 +141,7 @@ class CriticReward:
                 rows,
                 deadline_s=max(0.0, end - time.monotonic()),
                 stop=True,
-                on_progress=job_lines(f"ratings of {name}"),
+                on_progress=look,
             )
             rated = sum(rating is not None and rating.score is not None for rating in ratings)
             passing = [r for r in ratings if r is not None and r.meta.get("passing")]
@@ -145,15 +153,17 @@ class CriticReward:
                 "%d of %d completions have no rating of %s (%s); asking again for up to %.0f s",
                 *(len(rows) - rated, len(rows), name, passing[0].reason, left),
             )
+            if rated > most:
+                most, pause = rated, patience.PAUSE_FIRST
             time.sleep(min(pause, left))
             pause = min(2 * pause, patience.PAUSE_MOST)
         if rows and not rated:
-            raise StageError(self._nothing(ratings))
+            raise StageError(self._nothing(ratings, BUDGET if state == "out_of_budget" else ""))
         return ratings
 
-    def _nothing(self, ratings: Sequence[Rating | None]) -> str:
+    def _nothing(self, ratings: Sequence[Rating | None], why: str) -> str:
         states = Counter("late" if rating is None else str(rating.status) for rating in ratings)
-        reason = next((rating.reason for rating in ratings if rating is not None), "")
+        reason = why or next((rating.reason for rating in ratings if rating is not None), "")
         return (
             f"the critic `{self._source.critic}` rated none of {len(ratings)} completions within `max_wait` "
             f"{self._source.max_wait:g} s: {dict(states)} (first reason: {reason or 'none came'}). Mend or start the "

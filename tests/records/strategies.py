@@ -2,7 +2,17 @@
 
 from hypothesis import strategies as st
 
-from laif_jax.records import Comparison, Completion, Judgement, Message, Preference, Prompt, Status, Usage
+from laif_jax.records import (
+    Comparison,
+    Completion,
+    Judgement,
+    Message,
+    Preference,
+    Prompt,
+    Rating,
+    Status,
+    Usage,
+)
 
 # Unicode of every kind; surrogates too, since `json.loads('"\\ud800"')` lets them in.
 texts = st.text(st.characters(codec=None), max_size=20)
@@ -64,4 +74,26 @@ preferences = st.builds(
     p_chosen=probabilities,
     judgement_ids=st.lists(texts, max_size=2).map(tuple),
 )
-records = st.one_of(prompts, completions, comparisons, judgements, preferences)
+scores = st.floats(1, 10)
+ratings = st.one_of(
+    st.builds(
+        Rating,
+        completion_id=texts,
+        prompt_id=texts,
+        critic=texts,
+        status=st.just(Status.OK),
+        score=scores,
+        p=st.none() | st.tuples(*[probabilities] * 10),
+        mass=st.none() | probabilities,
+        raw=texts,
+    ),
+    st.builds(
+        Rating,
+        completion_id=texts,
+        prompt_id=texts,
+        critic=texts,
+        status=st.sampled_from([Status.UNPARSABLE, Status.REFUSED, Status.FAILED]),
+        reason=texts,
+    ),
+)
+records = st.one_of(prompts, completions, comparisons, judgements, ratings, preferences)

@@ -1,12 +1,13 @@
 """A critic's ratings as rewards: what is rated, what is late, a critic that dies and comes back."""
 
-import threading
+import json
 import time
 
 import numpy as np
 import pytest
 
 from laif_jax.config import RewardSource
+from laif_jax.parallel import distributed
 from laif_jax.records import Completion, Prompt
 from laif_jax.stages import patience, rewards
 from laif_jax.stages.artifact import StageError
@@ -117,25 +118,21 @@ def test_the_step_does_not_wait_for_what_is_late_and_late_answers_are_used_later
 
 
 def test_a_critic_that_dies_is_waited_for_and_asked_only_for_the_rest(make):
-    """The first three are answered; then it is down, and comes back."""
-    dead, paid = threading.Event(), []
+    """Three calls are answered; then it is down, for nine calls; then it comes back."""
+    paid = []
 
     def reply(number: int, request: dict) -> Reply:
-        if number == 3:
-            dead.set()
-            threading.Timer(0.8, dead.clear).start()
-        if dead.is_set():
+        if 3 <= number < 12:
             return Reply(status=503, body={})
         paid.append(request["messages"][-1]["content"])
         return eight()
 
     with fake_endpoint(reply) as server:
-        reward = rewards.critic_reward(context(make, fake(server, concurrency=1)), source(max_wait=30.0))
+        reward = rewards.critic_reward(context(make, fake(server, concurrency=8)), source(max_wait=30.0))
         _, ok = reward(*rows(10))
         assert ok.all()
         assert len(paid) == len(set(paid)) == 10
-        assert max(server.calls.values()) > 1
-        assert reward.metrics["objective/ratings_wait"] > 0.5
+        assert sum(server.calls.values()) == 19
 
 
 def test_a_critic_that_dies_late_in_an_iteration_gives_what_it_rated(make):
@@ -201,3 +198,16 @@ def test_rows_must_be_pairs_and_none_is_none(make):
         reward(prompts[:1], completions)
     scores, ok = reward([], [])
     assert len(scores) == len(ok) == 0
+
+
+def test_beside_process_0_nobody_talks_to_the_service(make, monkeypatch):
+    """The others get process 0's answer, in float32 the same."""
+    ctx = context(make, {"provider": "simulated", "simulated": {}})
+    reward = rewards.critic_reward(ctx, source())
+    answer = {"rewards": [0.1, None, -1.0], "metrics": {"objective/ratings_ok": 2 / 3}}
+    monkeypatch.setattr(distributed, "from_main", lambda make: json.loads(json.dumps(answer)))
+    monkeypatch.setattr(type(ctx.services), "endpoint", None)
+    scores, ok = reward(*rows(3))
+    np.testing.assert_array_equal(scores, np.array([0.1, 0.0, -1.0], np.float32))
+    assert ok.tolist() == [True, False, True]
+    assert reward.metrics == answer["metrics"]
