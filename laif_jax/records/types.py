@@ -33,7 +33,7 @@ class Message(Record):
 
 
 class Usage(Record):
-    """Tokens that a call used. `cached_tokens`: those of `prompt_tokens` that the endpoint had cached, at their price."""
+    """Tokens that a call used. `cached_tokens`: those of `prompt_tokens` that the endpoint had cached."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0

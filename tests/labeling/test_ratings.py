@@ -282,6 +282,7 @@ NOISE = st.text(max_size=4) | st.sampled_from(["1", "0", "10", " ", ""])
 
 
 @pytest.mark.parametrize("name", CRITICS)
+@settings(deadline=None)
 @given(
     text=st.text(max_size=200),
     noise=st.lists(st.tuples(NOISE, st.floats(-9, 0)), max_size=6),
