@@ -6,6 +6,9 @@ contracted with their shared key/value head directly; repeated keys are never ma
 What padding queries get is finite and otherwise unspecified.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,6 +19,7 @@ Window = int | Array | None  # int32 scalar: how many last tokens are seen; 0 or
 
 BLOCKWISE_ABOVE = 1024  # longer rows are done in blocks: no [T, T] array
 BLOCK = 512
+_NOT_FUSED = contextvars.ContextVar("not_fused", default=False)
 _FUSED: Literal["cudnn", "xla"] = "cudnn"
 _HIDDEN = -1e30  # finite, so that a query that sees nothing gives no NaN
 
@@ -216,7 +220,19 @@ def decode_attention(
 def fused_applies(length: int, head_dim: int, softcap: float | None, dtype: Any) -> bool:
     """Whether cuDNN's fused attention can run this: its own conditions, on a GPU that has it."""
     shape_fits = length % 2 == 0 and head_dim % 8 == 0 and head_dim <= 128
-    return softcap is None and shape_fits and dtype in (jnp.bfloat16, jnp.float16) and _gpu_has_fused()
+    fits = softcap is None and shape_fits and dtype in (jnp.bfloat16, jnp.float16)
+    return fits and not _NOT_FUSED.get() and _gpu_has_fused()
+
+
+@contextlib.contextmanager
+def not_fused() -> Iterator[None]:
+    """Keeps to plain JAX what is traced inside: JAX's rule for the fused call under `vmap` reshapes a mask that is
+    not itself mapped over as if it were."""
+    token = _NOT_FUSED.set(True)
+    try:
+        yield
+    finally:
+        _NOT_FUSED.reset(token)
 
 
 def _gpu_has_fused() -> bool:

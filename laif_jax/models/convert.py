@@ -8,7 +8,8 @@ from etils import epath
 
 from laif_jax.models import names
 from laif_jax.models.gguf import GGUFFile
-from laif_jax.models.model import load_model, resolve, save_model
+from laif_jax.models.model import load_config, load_model, resolve, save_model
+from laif_jax.models.reward import is_reward_model, load_reward_model, save_reward_model
 from laif_jax.models.tokenizer import save_tokenizer
 from laif_jax.models.weights import MAX_SHARD_BYTES, write_folder
 
@@ -21,7 +22,7 @@ def convert(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     everywhere: bool = False,
 ) -> epath.Path:
-    """Converts a model (folder, `.gguf`, known name, Hub id) into `dest`. Returns it.
+    """Converts a model (folder, `.gguf`, known name, Hub id), or a reward model's folder, into `dest`. Returns it.
 
     A GGUF file is converted one tensor at a time; its weights are dequantised.
 
@@ -36,6 +37,8 @@ def convert(
     dest = epath.Path(dest)
     if path.endswith(".gguf"):
         _convert_gguf(GGUFFile(path), dest, np.dtype(dtype), max_shard_bytes, everywhere)
+    elif is_reward_model(path) or load_config(path).head == "score":
+        save_reward_model(dest, load_reward_model(path, dtype=dtype), dtype=dtype)
     else:
         save_model(dest, load_model(path, dtype=dtype), max_shard_bytes=max_shard_bytes)
     return dest

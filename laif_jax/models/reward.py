@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from laif_jax.config.rl import RewardSpec
+from laif_jax.models import attention
 from laif_jax.models.arch import Head, ModelConfig, UnsupportedModelError
 from laif_jax.models.decoder import Params, Remat, hidden_states, init_tree
 from laif_jax.models.heads import segment_scores
@@ -107,7 +108,8 @@ def for_members(
     """`run(params)` of each member, vectorised; results are stacked along `axis`. One member: a plain call."""
     if members == 1:
         return run(params)
-    return jax.vmap(run, in_axes=(member_axes(params, cfg),), out_axes=axis)(params)
+    with attention.not_fused():
+        return jax.vmap(run, in_axes=(member_axes(params, cfg),), out_axes=axis)(params)
 
 
 def member_axes(params: Params, cfg: ModelConfig) -> Any:
@@ -284,16 +286,17 @@ def save_reward_model(
     On several hosts every process calls this; process 0 writes.
 
     Raises:
-      OSError: the folder cannot be written. ValueError: the padding token may end a sequence, so that `transformers`
+      OSError: the folder cannot be written. WeightsError: the padding token may end a sequence, so that `transformers`
         would read the score at another token.
     """
     from laif_jax.models.reward_adapters import save_adapters
 
     root = epath.Path(folder)
     if model.cfg.pad_id is None or model.cfg.pad_id in {*model.cfg.eos_ids, model.end_of_context}:
-        raise ValueError(
-            f"padding token {model.cfg.pad_id} of the reward model is missing or ends a sequence; "
-            "`start_reward_model` gives it one that does not"
+        raise WeightsError(
+            f"{root}: padding token {model.cfg.pad_id} of the reward model is missing or ends a sequence, and "
+            "`transformers` would read scores at another token; train it anew (`laif reward`), which gives it one "
+            "that does not"
         )
     for k in range(model.members):
         params = member(model.params, model.cfg, k) if model.members > 1 else model.params

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from laif_jax.config.rl import RewardSpec
 from laif_jax.config.schema import LoraSpec, ScratchSpec
-from laif_jax.models import names
+from laif_jax.models import attention, names
 from laif_jax.models.arch import UnsupportedModelError
 from laif_jax.models.config import from_hf, scratch, to_hf
+from laif_jax.models.convert import convert
 from laif_jax.models.decoder import hidden_states, init_params, logits
 from laif_jax.models.heads import segment_scores, token_logps, token_scores, token_stats
 from laif_jax.models.lora import add_lora, trainable_mask
@@ -47,6 +48,15 @@ SIZES = ScratchSpec(
 )
 EOC = "<end>"
 LORA = LoraSpec(rank=2, targets=("q", "down"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    """Many small programs whose numbers are compared to a tolerance need no machine-code optimisation."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def classifier(name):
@@ -96,9 +106,9 @@ TOKENS = np.random.default_rng(0).integers(2, 30, (3, 9)).astype(np.int32)
 def test_scores_are_those_of_transformers_padded_and_packed(name):
     cfg, params, _ = classifier(name)
     tokens, positions, segments = rows(cfg, pad=5)
-    got = reward_scores(params, cfg, tokens, positions, segments)
+    got = SCORES(params, cfg, tokens, positions, segments)
     np.testing.assert_allclose(got[:, 0], GOLDEN["scores"][name], atol=2e-5)
-    together = reward_scores(params, cfg, *packed(cfg), max_segments=len(LENGTHS) + 1)
+    together = SCORES(params, cfg, *packed(cfg), max_segments=len(LENGTHS) + 1)
     np.testing.assert_allclose(together[0], [*GOLDEN["scores"][name], 0.0], atol=2e-5)
 
 
@@ -131,7 +141,7 @@ def test_a_classifier_without_our_description_is_loaded(tmp_path):
     save_reward_model(tmp_path, golden_reward_model("qwen2", symbols_tokenizer()))
     (tmp_path / "reward.json").unlink()
     model = load_reward_model(tmp_path)
-    got = reward_scores(model.params, model.cfg, *rows(model.cfg))
+    got = SCORES(model.params, model.cfg, *rows(model.cfg))
     np.testing.assert_allclose(got[:, 0], GOLDEN["scores"]["qwen2"], atol=2e-5)
     assert (model.members, model.end_of_context, model.mean, model.std) == (1, None, 0.0, 1.0)
 
@@ -227,7 +237,7 @@ def test_changing_the_head_shares_the_trunk():
     model = policy()
     cfg, params = change_head(model.cfg, model.params, "both", key=jax.random.key(1))
     assert params["layers"]["attn"]["q"]["kernel"] is model.params["layers"]["attn"]["q"]["kernel"]
-    hidden = hidden_states(params, cfg, TOKENS, *positions_of(TOKENS))
+    hidden = np.random.default_rng(0).normal(size=(*TOKENS.shape, 16)).astype(np.float32)
     np.testing.assert_array_equal(
         token_logps(params, cfg, hidden, TOKENS, positions_of(TOKENS)[1]),
         token_logps(model.params, model.cfg, hidden, TOKENS, positions_of(TOKENS)[1]),
@@ -326,6 +336,32 @@ def test_a_reward_model_can_be_trained_on():
     first = start()
     again = start(Model(first.cfg, first.params, first.tokenizer))
     np.testing.assert_array_equal(scores(first, TOKENS, [9, 4, 2]), scores(again, TOKENS, [9, 4, 2]))
+
+
+def test_an_ensemble_keeps_to_attention_that_can_be_vectorised(monkeypatch):
+    """cuDNN's call has no right rule for it; what would run on a GPU fails on this machine."""
+    monkeypatch.setattr(attention, "_gpu_has_fused", lambda: True)
+    cfg, params, _ = classifier("smollm2")  # its heads have a size that cuDNN takes
+    stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
+    inputs = [x[:, :22] for x in rows(cfg)]
+
+    def trace(params, members):
+        jax.eval_shape(lambda p: reward_scores(p, cfg, *inputs, members=members, dtype=jnp.bfloat16), params)
+
+    calls = []
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda q, *a, **k: calls.append(1) or q)
+    trace(stacked, 2)
+    assert not calls
+    trace(params, 1)
+    assert calls
+
+
+def test_conversion_keeps_a_reward_model(tmp_path):
+    model = dataclasses.replace(start(members=2, end_of_context=EOC), mean=1.5)
+    save_reward_model(tmp_path / "a", model)
+    loaded = load_reward_model(convert(str(tmp_path / "a"), tmp_path / "b", "bfloat16"))
+    assert (loaded.members, loaded.mean, loaded.end_of_context) == (2, 1.5, model.end_of_context)
+    np.testing.assert_allclose(scores(loaded, TOKENS, [9, 4, 2]), scores(model, TOKENS, [9, 4, 2]), atol=0.05)
 
 
 # ---- folders -------------------------------------------------------------------------------------------------------
