@@ -8,7 +8,7 @@ What padding queries get is finite and otherwise unspecified.
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -225,7 +225,7 @@ def fused_applies(length: int, head_dim: int, softcap: float | None, dtype: Any)
 
 
 @contextlib.contextmanager
-def not_fused() -> Iterator[None]:
+def not_fused() -> Generator[None]:
     """Keeps to plain JAX what is traced inside: JAX's rule for the fused call under `vmap` reshapes a mask that is
     not itself mapped over as if it were."""
     token = _NOT_FUSED.set(True)
