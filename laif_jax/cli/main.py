@@ -61,6 +61,13 @@ def _reward(options: argparse.Namespace) -> int:
     return run_reward(options.config, options.overrides)
 
 
+def _ppo(options: argparse.Namespace) -> int:
+    _check_config(options, "PpoConfig")
+    from laif_jax.studies.ppo import run_ppo
+
+    return run_ppo(options.config, options.overrides)
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from laif_jax.config.load import describes
 
@@ -73,10 +80,15 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from laif_jax.studies import reward
+    from laif_jax.studies import ppo, reward
     from laif_jax.studies.run import rebuild_report
 
-    print(reward.rebuild(options.run) if reward.is_reward_run(options.run) else rebuild_report(options.run))
+    if reward.is_reward_run(options.run):
+        print(reward.rebuild(options.run))
+    elif ppo.is_ppo_run(options.run):
+        print(ppo.rebuild(options.run))
+    else:
+        print(rebuild_report(options.run))
     return 0
 
 
@@ -150,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
 
     with_config(verb("run", _run, "run a study to its report; finished stages are not run again"))
     with_config(verb("reward", _reward, "train and measure a reward model on files of pairs"))
+    with_config(verb("ppo", _ppo, "train a policy by reinforcement learning on given rewards"))
     inspect = verb("inspect", _inspect, "print real training batches, tokens coloured by loss weight")
     with_config(inspect)
     inspect.add_argument("--stage", choices=("sft", "dpo", "reward"), default="sft")

@@ -16,11 +16,12 @@ from etils import epath
 
 from laif_jax.config.rl import PpoSpec
 from laif_jax.objectives.rl import adaptive_kl
-from laif_jax.records import LaifError
+from laif_jax.parallel import is_main
+from laif_jax.records import LaifError, append_jsonl, write_jsonl
 from laif_jax.rollout.placement import to_host, using
 from laif_jax.training.checkpoint import Checkpointer, CheckpointError
 from laif_jax.training.loop import NonFiniteError
-from laif_jax.training.metrics import MetricsWriter, clean, mean_rows
+from laif_jax.training.metrics import MetricsWriter, clean, mean_rows, read_metrics
 from laif_jax.training.optim import make_optimizer
 from laif_jax.training.ppo import make_update
 from laif_jax.training.ppo_models import PpoModels
@@ -41,6 +42,7 @@ from laif_jax.training.state import TrainState, state_shardings
 
 log = logging.getLogger(__name__)
 Snapshot = Callable[[int, TrainState], None]
+SHOWN = 4  # responses that are kept of an evaluation
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def run_ppo(
 
     Args:
       models: fresh (`build_models`); the trained arrays of their state are donated.
-      out_dir: gets checkpoints/, metrics.jsonl, tensorboard/.
+      out_dir: gets checkpoints/, metrics.jsonl, samples.jsonl (of evaluations), tensorboard/.
       snapshot: called with (iteration, state) every `spec.keep_every` iterations; it must not keep the state.
       wandb: arguments of `wandb.init`, or None. progress: False shows none.
 
@@ -141,6 +143,7 @@ class _Run:
         self.snapshot = snapshot
         self.checkpoints = Checkpointer(out_dir / "checkpoints", spec.keep)
         self.writer = MetricsWriter(out_dir, wandb)
+        self.samples = out_dir / "samples.jsonl"
         self.progress: Any = None
         self.history: list[dict[str, Any]] = []
         self.kl_coef = float(np.float32(spec.kl.coef))
@@ -177,6 +180,8 @@ class _Run:
             log.info("%s: resumed from the checkpoint of iteration %d", self.title, int(state.step))
         done = int(state.step)
         self.history = self.writer.resume(done)
+        if is_main() and self.samples.exists():  # what was written after the checkpoint is written again
+            write_jsonl(self.samples, [row for row in read_metrics(self.samples) if row["step"] <= done])
         return state, done
 
     def abandon(self) -> None:
@@ -201,12 +206,12 @@ class _Run:
         """Runs iterations `done + 1` to the last."""
         spec = self.spec
         if done == 0 and self.task.held_out and not self.history:
-            self.write({"step": 0} | self.guarded(state, lambda: self.evaluate(state)), show=True)
+            self.write({"step": 0} | self.guarded(state, lambda: self.evaluate(state, 0)), show=True)
         for number in range(done + 1, spec.iterations + 1):
             state, row = self.iteration(state, number, timed=number > done + 1)
             last = number == spec.iterations
             if self.task.held_out and (last or (spec.eval_every and number % spec.eval_every == 0)):
-                row |= self.guarded(state, lambda now=state: self.evaluate(now))
+                row |= self.guarded(state, lambda now=state, step=number: self.evaluate(now, step))
             self.write(row, show=last or number == 1 or number % spec.log_every == 0)
             if self.snapshot is not None and spec.keep_every and number % spec.keep_every == 0:
                 self.snapshot(number, state)
@@ -278,8 +283,9 @@ class _Run:
 
     # ---- evaluation ----
 
-    def evaluate(self, state: TrainState) -> dict[str, Any]:
-        """One response to each held-out prompt, by keys that are the same in every evaluation."""
+    def evaluate(self, state: TrainState, step: int) -> dict[str, Any]:
+        """One response to each held-out prompt, by keys that are the same in every evaluation. The first few are kept
+        in `samples.jsonl`."""
         held_out = self.task.held_out[: self.spec.eval_prompts]
         key = iteration_key(self.seed, EVALUATION)
         totals, kls, lengths, ended, quality = [], [], [], [], []
@@ -288,6 +294,8 @@ class _Run:
             part = held_out[first : first + self.layout.rows]
             rolled = self.roller(state, part, 1, jax.random.fold_in(key, first))
             totals.append(self.roller.totals(rolled, self.task.weights))
+            if first == 0:
+                self.keep_samples(step, rolled, totals[0])
             kls.append(self.roller.kl(rolled, self.spec.kl.estimator))
             stopped = np.asarray([c.finish_reason == "stop" for c in rolled.completions])
             ended.append(stopped)
@@ -299,13 +307,26 @@ class _Run:
                 quality.append(self.task.quality([p.prompt for p in part], rolled.completions))
         row = {
             "eval/reward": _mean(totals),
-            "eval/kl": _mean(kls),
             "eval/objective/kl": _mean(kls),
             "eval/response_length": _mean(lengths),
             "eval/ended": _mean(ended),
             **{f"eval/rewards/{name}/mean": _mean(values) for name, values in named.items()},
         }
         return clean(row | ({"eval/quality": _mean(quality)} if quality else {}))
+
+    def keep_samples(self, step: int, rolled: Rolled, rewards: np.ndarray) -> None:
+        """Appends the first responses of an evaluation to `samples.jsonl`."""
+        if is_main():
+            rows = zip(rolled.prompts[:SHOWN], rolled.completions, rewards)
+            for asked, completion, reward in rows:
+                found = {
+                    "step": step,
+                    "prompt": asked.prompt.instruction,
+                    "completion": completion.text,
+                    "finish_reason": completion.finish_reason,
+                    **clean({"reward": float(reward)}),
+                }
+                append_jsonl(self.samples, found)
 
     # ---- trouble ----
 

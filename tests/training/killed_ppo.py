@@ -44,7 +44,7 @@ def attempt(out: Path, started: int) -> None:
     )
     made = ppo_small.models(options)
     task = ppo_small.task(rewards={"sevens": watched})
-    result = run_ppo(options, made, task, out, seed=5, progress=False)
+    result = run_ppo(options, made, task, str(out), seed=5, progress=False)
     leaves = jax.tree.leaves((result.state.trainable, result.state.opt_state))
     np.savez(out / "params.npz", *[np.asarray(x) for x in leaves], kl_coef=result.kl_coef)
     (out / "resumed_from").write_text(str(result.resumed_from))
@@ -53,10 +53,9 @@ def attempt(out: Path, started: int) -> None:
 def main(out: Path, kills: int, seed: int) -> None:
     import laif_jax.training.ppo_loop  # noqa: F401  imported before the forks, which then start fast
 
-    killed_run.attempt = attempt
     for name, count in (("calm", 0), ("killed", kills)):
         (out / name).mkdir()
-        killed_run.run(out / name, count, random.Random(seed))
+        killed_run.run(out / name, count, random.Random(seed), attempt)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +67,7 @@ def main(out: Path, kills: int, seed: int) -> None:
         run(out / name, count, random.Random(seed))
 
 
-def run(out: Path, kills: int, rng: random.Random) -> None:
+def run(out: Path, kills: int, rng: random.Random, life: Callable[[Path, int], None] = attempt) -> None:
     """Attempts until one ends, the first `kills` of them killed."""
     while not (out / "params.npz").exists():
         reader, writer = os.pipe()
@@ -74,7 +75,7 @@ def run(out: Path, kills: int, rng: random.Random) -> None:
         if pid == 0:
             code = 1
             try:
-                attempt(out, writer)
+                life(out, writer)
                 code = 0
             finally:
                 os._exit(code)
