@@ -15,7 +15,7 @@ from laif_jax.stages import base, reward
 from laif_jax.stages.artifact import Artifact, StageError
 from laif_jax.stages.context import Context, Services
 from laif_jax.stages.reward_data import read_pairs
-from laif_jax.training import reward_task
+from laif_jax.training import reward_task, step
 from tests.studies import tiny_reward
 
 RATES = [1e-3, 3e-2, 1e30]
@@ -55,6 +55,7 @@ def sweep(folder) -> tuple[Artifact, list[int]]:
         finally:
             after.append(traces[0])
 
+    step._compiled_step.cache_clear()  # an equal task may have been compiled by another test
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reward_task, "reward_loss", counted)
         patch.setattr(reward, "train", trained)
@@ -113,10 +114,10 @@ def test_a_finished_rate_is_not_trained_again_and_an_unfinished_one_goes_on_wher
     ctx = context(folder, tmp_path, **SWEEP)
     evaluate, steps = reward._Trainer._evaluate, []
 
-    def cut(self, rate, task, step, state):
-        evaluate(self, rate, task, step, state)
-        steps.append((rate, step))
-        if (rate, step) == (RATES[1], 12):  # behind the checkpoint of step 8
+    def cut(self, rate, task, at, state):
+        evaluate(self, rate, task, at, state)
+        steps.append((rate, at))
+        if (rate, at) == (RATES[1], 12):  # behind the checkpoint of step 8
             raise KeyboardInterrupt
 
     monkeypatch.setattr(reward._Trainer, "_evaluate", cut)
@@ -128,8 +129,8 @@ def test_a_finished_rate_is_not_trained_again_and_an_unfinished_one_goes_on_wher
         reward._Trainer, "_evaluate", lambda self, *args: (steps.append(args[::2]), evaluate(self, *args))[1]
     )
     again = run(ctx)
-    assert [step for step in steps if step[0] == RATES[0]] == []
-    assert [step for step in steps if step[0] == RATES[1]] == [(RATES[1], 12), (RATES[1], 24)]
+    assert [row for row in steps if row[0] == RATES[0]] == []
+    assert [row for row in steps if row[0] == RATES[1]] == [(RATES[1], 12), (RATES[1], 24)]
     assert again.metrics["rates"][:2] == [
         {**row, "tokens_per_second_per_device": other["tokens_per_second_per_device"], "last": other["last"]}
         for row, other in zip(whole.metrics["rates"][:2], again.metrics["rates"][:2], strict=True)
