@@ -1,6 +1,7 @@
 """Configuration: what is accepted, what is refused and in which words."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import yaml
@@ -16,6 +17,7 @@ from laif_jax.config import (
     parse_override,
     validate,
 )
+from laif_jax.config.load import describes
 
 BASE = {
     "name": "t",
@@ -189,3 +191,89 @@ def test_every_default_is_valid():
     """The schema's own defaults, written out and read back, are accepted: no default is an option without effect."""
     config = StudyConfig.model_validate(BASE)
     assert StudyConfig.model_validate(config.resolved()) == config
+
+
+# ---- arms beyond DPO -------------------------------------------------------------------------------------------
+
+LAIF = {"teacher": "weak", "share": 0.1, "critic": "strong"}
+ROUNDS = {"arms": [{"name": "rounds", "optimize": "iterated_dpo", **LAIF}], "iterate": {"rounds": 3}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "override", "words"),
+    [
+        (
+            {},
+            "arms.1.optimize=ppo",
+            ["arms.1.optimize", "needs the section `reward`", "needs the section `ppo`"],
+        ),
+        ({}, "arms.1.optimize=best_of_n", ["needs the section `best_of_n`"]),
+        ({}, "arms.1.optimize=iterated_dop", ["arms.1.optimize", "did you mean `iterated_dpo`"]),
+        ({}, "iterate={rounds: 2}", ["iterate: has no effect", "`optimize: iterated_dpo` or `iterated_ppo`"]),
+        ({}, "best_of_n={n: 4}", ["best_of_n: has no effect"]),
+        ({}, "arms.1.reward=critic", ["`reward` has no effect", "`optimize: ppo`"]),
+        (ROUNDS, "dpo.steps=2", ["dpo.steps", "2 do not divide over 3"]),
+        (ROUNDS, "iterate={labels: human, max_cost: 3}", ["iterate", "`max_cost` has no effect"]),
+        (
+            ROUNDS,
+            "endpoints={mind: {provider: openai, base_url: 'http://x/v1'}}",
+            ["iterate.max_cost", "`mind`", "has no prices"],
+        ),
+    ],
+)
+def test_mistakes_about_arms_are_named(path, changes, override, words):
+    if "max_cost" in str(words) and "prices" in str(words):
+        changes = {**changes, "iterate": {"rounds": 3, "max_cost": 1.0}}
+    steps = {"dpo": {"steps": 3}} if changes else {}
+    with pytest.raises(ConfigError) as error:
+        load_config(path(**steps, **changes), [override])
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_ratings_as_the_reward_need_no_reward_model(path):
+    arms = [{"name": "ppo", "optimize": "ppo", "reward": "critic", **LAIF}]
+    config = load_config(path(arms=arms, dpo=None, ppo={"value_init": "policy"}))
+    assert config.reward is None
+    with pytest.raises(ConfigError, match=r"ppo\.value_init.*no reward model to start from"):
+        load_config(path(arms=arms, dpo=None, ppo={}))
+
+
+def test_a_matrix_has_an_arm_for_each_way_to_learn(path):
+    matrix = {
+        "teachers": ["weak"],
+        "shares": [0.1],
+        "critics": ["strong"],
+        "optimize": ["dpo", "iterated_dpo"],
+    }
+    config = load_config(path(arms=[], matrix=matrix, iterate={"rounds": 2}))
+    assert [arm.name for arm in expand_arms(config)] == [
+        "sft-weak-10",
+        "laif-weak-strong-dpo",
+        "laif-weak-strong-iterated_dpo",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "schema"),
+    [
+        ("pairs: {}", "RewardConfig"),
+        ("rewards: {}", "PpoConfig"),
+        ("arms: []", "StudyConfig"),
+        ("[]", "StudyConfig"),
+    ],
+)
+def test_what_a_file_describes_is_told_by_its_sections(tmp_path, text, schema):
+    file = tmp_path / "x.yaml"
+    file.write_text(text)
+    assert describes(file).__name__ == schema
+    assert describes(tmp_path / "none.yaml").__name__ == "StudyConfig"
+
+
+@pytest.mark.parametrize("name", ["quickstart_rl.yaml", "paper/appendix_ppo.yaml"])
+def test_the_shipped_configurations_of_reinforcement_learning_are_valid(name):
+    file = Path(__file__).parents[2] / "configs" / name
+    scales = yaml.safe_load(file.read_text()).get("scales", {})
+    for scale in ["default", *scales]:
+        config = load_config(file, [f"scale={scale}"])
+        assert {arm.optimize for arm in expand_arms(config)} > {"none"}

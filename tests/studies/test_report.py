@@ -7,8 +7,9 @@ import warnings
 
 import pytest
 
-from laif_jax.studies import figures, report, svg
+from laif_jax.studies import figures, report, rl_figures, svg
 from laif_jax.studies.table import ranked_comparisons, results_table
+from tests.studies import fake_rl
 from tests.studies.fake import ARMS, fake_curves, fake_results, fake_samples
 
 HOSTILE = (
@@ -258,3 +259,56 @@ def test_costs_that_are_not_known_are_not_zero_dollars():
     row = re.search(r'<tr class="asked"><td>all</td>.*?</tr>', report.render(results, {}, []), re.DOTALL)
     assert row
     assert row[0].endswith("<td>–</td></tr>")
+
+
+# ---- reward models, reinforcement learning, rounds -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reinforced() -> str:
+    figures_ = {"reward": fake_rl.fake_curves(), "ppo": fake_rl.fake_runs()}
+    results = {**fake_results(), **fake_rl.fake_reinforced()}
+    return report.render(results, fake_curves(), fake_samples(), figures_)
+
+
+def test_a_study_of_reinforcement_learning_shows_its_figures_and_tables(reinforced):
+    for title in ("Reward models", "Reinforcement learning", "Rounds", "Best of n"):
+        assert f"<h2>{title}</h2>" in reinforced
+    labels = re.findall(r'aria-label="([^"]+)"', reinforced)
+    for label in (
+        "Reward-model accuracy over steps per learning rate",
+        "Train reward of PPO per KL coefficient and learning rate",
+        "Validation reward of PPO per KL coefficient and learning rate",
+        "Reward and true quality against the square root of KL",
+        "Win rate and true quality after each round",
+    ):
+        assert label in labels
+    assert "learning rate 3e-5" in reinforced
+    assert "laif-weak-strong (one round)" in reinforced
+    assert "890 comparisons more would pass `&lt;b&gt;max&lt;/b&gt;`" in reinforced
+    assert "at KL 17.50" in reinforced  # the turn of the run without a penalty
+    assert "1.83" in reinforced  # log 16 - 15/16
+
+
+def test_a_study_without_them_shows_none_of_it():
+    page = report.render(fake_results(), fake_curves(), fake_samples())
+    for title in ("Reward models", "Reinforcement learning", "Rounds", "Best of n"):
+        assert f"<h2>{title}</h2>" not in page
+
+
+def test_figures_without_data_are_none():
+    assert rl_figures.reward_figure([]) == ""
+    assert rl_figures.ppo_figure([], "train") == ""
+    assert rl_figures.kl_figure([]) == ""
+    assert rl_figures.rounds_figure({}, {}) == ""
+    nothing = {"learning_rate": 1.0, "kl_coef": 1.0, "train": {}, "eval": {}}
+    assert rl_figures.ppo_figure([nothing], "eval") == ""
+    # Only the start was evaluated: no round to show.
+    assert rl_figures.rounds_figure({"arm": [{"seed": 0, "round": 0, "win_rate": 40.0}]}, {}) == ""
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(1e-4, "1e-4"), (1.41e-5, "1.41e-5"), (0.05, "5e-2"), (3.0, "3e0")]
+)
+def test_learning_rates_are_written_in_one_way(rate, text):
+    assert rl_figures.scientific(rate) == text
