@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from laif_jax.config import StudyConfig, dump_config, load_config
+from laif_jax.config.load import expand_arms
 from laif_jax.labeling.critic import load_critic
 from laif_jax.parallel import distributed
 from laif_jax.parallel.mesh import make_mesh
@@ -37,9 +38,8 @@ def run_study(config_path: str, overrides: Sequence[str] = ()) -> int:
     config = load_config(config_path, overrides)
     distributed.initialize()
     make_mesh(config.mesh)  # a mesh that does not fit these devices would fail every stage that computes
-    named = {spec.critic for spec in (*config.critics.values(), config.evaluation.judge)}
     # Critics are first used after training, and what is wrong with one should be known before.
-    distributed.from_main(lambda: [load_critic(name).name for name in sorted(named)])
+    distributed.from_main(lambda: _check_critics(config))
     enable_compilation_cache()
     root = study_folder(config)
     if distributed.is_main():
@@ -61,6 +61,17 @@ def run_study(config_path: str, overrides: Sequence[str] = ()) -> int:
         page = _write_page(root, collected)
         print_results(collected.results, {"results": root / "results.json", "report": page})
     return 1 if failed else 0
+
+
+def _check_critics(config: StudyConfig) -> None:
+    """Raises CriticError for a critic's data file that is not there or malformed, or that compares where it is to rate,
+    or the other way round."""
+    critics = {name: load_critic(spec.critic) for name, spec in sorted(config.critics.items())}
+    load_critic(config.evaluation.judge.critic).require("comparison")
+    for arm in expand_arms(config):
+        if arm.critic is not None:
+            rates = arm.optimize == "ppo" and arm.reward == "critic"
+            critics[arm.critic].require("rating" if rates else "comparison")
 
 
 def rebuild_report(folder: str) -> epath.Path:

@@ -213,10 +213,13 @@ def test_a_disk_without_room_for_the_results_is_one_message(tmp_path, capsys, nu
 # ---- critics ---------------------------------------------------------------------------------------------------
 
 
-def test_a_critic_that_does_not_exist_is_named_before_anything_is_trained(tmp_path, capsys):
-    critics = {"strong": {"endpoint": "strong", "critic": "ab_logprop"}}
+@pytest.mark.parametrize(
+    ("critic", "says"), [("ab_logprop", "ab_logprop"), ("rating_1_10", "compares two responses: ab_logprob")]
+)
+def test_a_critic_that_does_not_fit_is_named_before_anything_is_trained(tmp_path, capsys, critic, says):
+    critics = {"strong": {"endpoint": "strong", "critic": critic}}
     assert tiny.run(tmp_path, critics=critics) == 2
-    assert "ab_logprop" in capsys.readouterr().err
+    assert says in " ".join(capsys.readouterr().err.split())
     assert tiny.manifests(tmp_path) == {}
 
 
