@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from laif_jax.cli import label
 from laif_jax.records import LaifError
 
 
@@ -111,7 +112,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _serve_labels(options: argparse.Namespace) -> int:
     from laif_jax.labeling.service import serve_labels
 
-    serve_labels(options.host, options.port, options.store)
+    serve_labels(options.host, options.port, options.store, budget=options.budget)
     return 0
 
 
@@ -180,11 +181,19 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("dest", help="the folder to write")
     convert.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
 
+    label.add_verbs(
+        verb,
+        verbs.add_parser("label", help="plan a study's labelling; look after a store").add_subparsers(
+            required=True, metavar="VERB"
+        ),
+    )
+
     serve = verbs.add_parser("serve", help="start a server").add_subparsers(required=True, metavar="WHAT")
     labels = verb("labels", _serve_labels, "the labelling service (no JAX in it)", serve)
     labels.add_argument("--host", default="127.0.0.1")
     labels.add_argument("--port", type=int, default=8080)
-    labels.add_argument("--store", default="labels", help="the folder of its store")
+    labels.add_argument("--store", default="labels", help="its folder, or postgresql://user@host:port/database")
+    labels.add_argument("--budget", help="a hard cap on what all calls cost, for example 25USD; none lifts it")
     model = verb("model", _serve_model, "one of our checkpoints over the OpenAI chat protocol", serve)
     model.add_argument("checkpoint", help="a folder in Hugging Face layout, a .gguf file or a fetchable name")
     model.add_argument("--host", default="127.0.0.1")

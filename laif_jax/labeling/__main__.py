@@ -7,13 +7,16 @@ import sys
 from laif_jax.labeling.errors import LabelError
 from laif_jax.labeling.process import end_with_parent
 from laif_jax.labeling.service import serve_labels
+from laif_jax.labeling.worker import work_off
 
 
 def main() -> int:
     """Exit code 0 after a normal end, 1 if the service could not run (the log says why)."""
     parser = argparse.ArgumentParser(prog="python -m laif_jax.labeling", description=__doc__)
-    serve = parser.add_subparsers(required=True).add_parser("serve", help="run the service")
-    serve.add_argument("--store", required=True, help="folder of the store")
+    commands = parser.add_subparsers(required=True, dest="command")
+    serve = commands.add_parser("serve", help="run the service")
+    serve.add_argument("--store", required=True, help="folder, or postgresql://user@host:port/database")
+    serve.add_argument("--budget", help="what all calls together may cost: 25USD; none lifts it")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8080, help="0 takes a free one")
     serve.add_argument("--ready-file", help="gets the address once the service answers")
@@ -21,12 +24,20 @@ def main() -> int:
         "--patience", type=float, default=0.0, help="seconds to wait for the store's last user"
     )
     serve.add_argument("--end-with-parent", action="store_true", help="end when standard input closes")
+    work = commands.add_parser("work", help="take part in the jobs of a service on the same store")
+    work.add_argument("--store", required=True, help="folder, or postgresql://user@host:port/database")
+    work.add_argument("--end-with-parent", action="store_true", help="end when standard input closes")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if options.end_with_parent:
         end_with_parent()
     try:
-        serve_labels(options.host, options.port, options.store, options.ready_file, options.patience)
+        if options.command == "work":
+            work_off(options.store)
+            return 0
+        serve_labels(
+            options.host, options.port, options.store, options.ready_file, options.patience, options.budget
+        )
     except LabelError as error:
         logging.getLogger("laif_jax.labeling").error("%s", error)
         return 1

@@ -16,6 +16,7 @@ Rules:
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -219,7 +220,8 @@ class JudgeWork:
             for order, outcome in zip(shown, outcomes, strict=True)
         ]
         if len(singles) == 1:
-            return [self._result(singles[0]), self._result(singles[0], part=1)]
+            final = self._result(singles[0])
+            return [final, replace(final, part=1)]
         merged = merge(comparison, critic, singles)
         return [self._result(merged)] + [self._result(single, part) for part, single in enumerate(singles, 1)]
 

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections import OrderedDict, deque
-from concurrent.futures import Future
 from typing import Any
 
 from laif_jax.labeling.admission import Admission, Circuit
@@ -16,7 +15,7 @@ class Acks:
         self._loop = asyncio.get_running_loop()
         self._done, self._count, self._woken = done, deque[int](), False
 
-    def __call__(self, _: Future[Any]) -> None:
+    def __call__(self, _: Any) -> None:
         """Called in the writer's thread."""
         self._count.append(1)
         if not self._woken:
@@ -75,10 +74,10 @@ class Lane:
         self.in_flight -= 1
         self._pump()
 
-    def storing(self, future: Future[Any]) -> None:
-        """An answer is on its way to the store."""
+    def storing(self) -> Acks:
+        """An answer is on its way to the store; what this returns is to be called once it is there."""
         self.unstored += 1
-        future.add_done_callback(self._acks)
+        return self._acks
 
     def _stored(self, count: int) -> None:
         self.unstored -= count

@@ -7,7 +7,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +80,9 @@ class JobRun:
         self._stopped = self._left = False
         self._later: list[int] = []
         self._queue: asyncio.Queue[_Asked | None] = asyncio.Queue()
-        self._moved = asyncio.Event()  # something was taken from the queue or answered
+        self._moved = asyncio.Event()  # the queue runs low, or something that is waited for is answered
+        self._low = party.provider.width // 2
+        self._hungry = False  # waiting for answers of calls under way
 
     def stop(self) -> None:
         """Starts no more calls; the answers that are under way are stored."""
@@ -210,7 +211,9 @@ class JobRun:
                 await self._window(later[start : start + WINDOW], width)
             if self._later:
                 delay = POLL[0] if len(self._later) < len(later) else min(2 * delay, POLL[1])
+                self._hungry = True
                 await self._wait(delay)
+                self._hungry = False
 
     @property
     def _over(self) -> bool:
@@ -262,7 +265,7 @@ class JobRun:
     async def _chunk(self, entries: list[_Asked], width: int) -> None:
         """Claims requests and queues those that we got; waits for money where the budget has no room."""
         while entries:
-            while self._queue.qsize() >= width and not self._over:
+            while self._queue.qsize() > self._low and not self._over:
                 await self._wait(1.0)
             if self._over:
                 return
@@ -311,7 +314,9 @@ class JobRun:
         if idle and self._state != "out_of_budget":
             log.warning("job %s is out of budget; it goes on when the budget is raised", self.id)
             await self._change("out_of_budget")
+        self._hungry = True
         await self._wait(0.25)
+        self._hungry = False
 
     async def _change(self, state: str) -> None:
         await asyncio.wrap_future(self.store.set_job_state(self.id, self.run_number, state))
@@ -321,10 +326,12 @@ class JobRun:
 
     async def _worker(self) -> None:
         while (entry := await self._queue.get()) is not None:
-            self._moved.set()
+            if self._queue.qsize() <= self._low:
+                self._moved.set()
             outcome = await self.scheduler.ask(self.party, entry.call, entry.attempts)
             self._asking -= 1
-            self._moved.set()
+            if self._hungry:
+                self._moved.set()
             if outcome.denied:
                 self._put_off(entry)
                 continue
@@ -362,12 +369,14 @@ class JobRun:
             {**common, "part": result.part, "result": result.key, "status": result.status}
             for result in results
         ]
-        future = self.store.write(results=list(rows.values()), job_items=places)
-        future.add_done_callback(lambda done: self._committed(done, status))
+        self.store.post(
+            {"results": list(rows.values()), "job_items": places},
+            [],
+            lambda error: self._committed(error, status),
+        )
 
-    def _committed(self, future: Future[None], status: str) -> None:
+    def _committed(self, error: LabelError | None, status: str) -> None:
         # Called by the store's one writer thread: what is counted is on disk.
-        error = future.exception()
         if error is not None:
             self._error = error
             return

@@ -90,13 +90,17 @@ class Party:
         """Upper bound of a call's cost in nano-dollars; 0: free, or not known."""
         if self.price is None or self.price.free:
             return 0
-        return most(self.price, self.tokens(call), most_completion(call), batch=getattr(self.endpoint, "batch", False))
+        return most(
+            self.price, self.tokens(call), most_completion(call), batch=getattr(self.endpoint, "batch", False)
+        )
 
     def cost(self, used: Usage | None, reserved: int) -> int | None:
         """What a call cost, by what it says that it used; if it does not say, the most that it can have been."""
         if self.price is None:
             return None
-        return reserved if used is None else cost(self.price, used, batch=getattr(self.endpoint, "batch", False))
+        return (
+            reserved if used is None else cost(self.price, used, batch=getattr(self.endpoint, "batch", False))
+        )
 
 
 class Scheduler:
@@ -208,7 +212,7 @@ class Scheduler:
         }
         settle = Settle(call.key, party.job, attempt, "answered", nanos, date, reserved, tokens)
         state = {"k": call.key, "state": "ok", "attempts": attempt + 1, "reason": "", "updated": date}
-        party.lane.storing(self.store.write([settle], responses=[row], states=[state]))
+        self.store.post({"responses": [row], "states": [state]}, [settle], party.lane.storing())
         return Outcome(call.key, answer, latency=latency, date=date)
 
     async def _store_failure(

@@ -12,7 +12,9 @@ from pathlib import Path
 import uvicorn
 
 from laif_jax.labeling.api import create_app
+from laif_jax.labeling.budget import parse_money
 from laif_jax.labeling.client import LabelClient
+from laif_jax.labeling.database import is_address
 from laif_jax.labeling.errors import LabelServiceError
 from laif_jax.labeling.process import Child
 from laif_jax.labeling.store import Store
@@ -26,20 +28,26 @@ def serve_labels(
     store: str | Path = "labels",
     ready_file: str | Path | None = None,
     patience: float = 0.0,
+    budget: str | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT; then stops calling, stores the answers that are under way, and ends.
 
     Args:
       port: 0 takes a free one.
       ready_file: gets the service's address once it answers.
+      store: a folder, or postgresql://user@host:port/database.
       patience: seconds to wait for another service that has the store open.
+      budget: what all calls together may cost, "25USD"; None: as it was set before ("none" lifts it).
 
     Raises:
-      StoreError: the store cannot be opened. LabelServiceError: the port is taken.
+      BudgetError: `budget` is no amount. StoreError: the store cannot be opened. LabelServiceError: the port is taken.
     """
     # httpx logs every address at INFO; a run makes thousands.
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    opened = Store(store, patience=patience)
+    cap = None if budget in (None, "none") else parse_money(budget)
+    opened = Store(store, patience=patience, shared=is_address(store))
+    if budget is not None:
+        opened.set_cap(cap)
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -88,12 +96,17 @@ class LabelService:
 
 @contextlib.contextmanager
 def start_service(
-    store: str | Path, *, port: int = 0, timeout: float = 60.0, patience: float = 30.0
+    store: str | Path,
+    *,
+    port: int = 0,
+    timeout: float = 60.0,
+    patience: float = 30.0,
+    budget: str | None = None,
 ) -> Generator[LabelService]:
     """A service over the folder `store`, as a child process that ends with the block, or with this process.
 
     Its log is `service.log` in the folder. The service of a run that was killed may still be storing the answers
-    that were under way: it is waited for, `patience` seconds at most.
+    that were under way: it is waited for, `patience` seconds at most. `budget`: what all calls may cost, "25USD".
 
     Raises:
       LabelServiceError: it did not come up; the message holds the end of its log.
@@ -117,6 +130,8 @@ def start_service(
             "--port",
             str(port),
         ]
+        if budget is not None:
+            command += ["--budget", budget]
         command += ["--ready-file", str(ready), "--end-with-parent", "--patience", str(patience)]
         with Child("labelling service", command, log_file=folder / "service.log") as child:
             child.wait_until(ready.exists, timeout)

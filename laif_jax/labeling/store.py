@@ -19,7 +19,7 @@ from laif_jax.labeling import budget, leases, migrations, schema
 from laif_jax.labeling.database import FileLock, connect, shown, worker_lock
 from laif_jax.labeling.errors import StoreError
 from laif_jax.labeling.store_read import StoreReader
-from laif_jax.labeling.writer import Operation, Row, Settle, Writer, cause
+from laif_jax.labeling.writer import Done, Operation, Row, Settle, Writer, cause
 
 __all__ = ["Row", "Settle", "Store", "now"]
 
@@ -115,6 +115,10 @@ class Store(StoreReader):
     def write(self, settles: list[Settle] | None = None, **rows: list[Row]) -> Future[None]:
         """Queues rows by table (`requests`, `states`, `responses`, ...); the future is done when they are committed."""
         return self._writer.write(rows, settles)
+
+    def post(self, rows: dict[str, list[Row]], settles: list[Settle], done: Done) -> None:
+        """Queues rows without a future; see `Writer.post`."""
+        self._writer.post(rows, settles, done)
 
     def do(self, operation: Operation) -> Future[Any]:
         """Queues an operation in the writer's next transaction; see `Writer.do`."""

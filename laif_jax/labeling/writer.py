@@ -1,8 +1,8 @@
 """The store's one writing thread: what is queued is grouped, and a group is one transaction.
 
 SQLite commits a group with `synchronous=FULL`, so a future that is done means the rows survive SIGKILL and power loss.
-If the disk is full or the database out of reach, the group stays in memory and is tried again until it works; nobody who
-waits for a commit goes on to the next paid call meanwhile.
+If the disk is full or the database out of reach, the group stays in memory and is tried again until it works; nobody
+who waits for a commit goes on to the next paid call meanwhile.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import sqlalchemy as sa
@@ -20,7 +21,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
 
 from laif_jax.labeling import budget, schema
-from laif_jax.labeling.errors import StoreError
+from laif_jax.labeling.errors import LabelError, StoreError
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -49,22 +50,31 @@ class Settle:
 
 
 Operation = Callable[[Connection], Any]
+Done = Callable[[LabelError | None], None]
 
 
 @dataclass
 class _Group:
     rows: dict[str, list[Row]]
     settles: list[Settle] = field(default_factory=list)
-    operations: list[tuple[Operation, Future[Any]]] = field(default_factory=list)
-    futures: list[Future[Any]] = field(default_factory=list)
+    entries: list["_Entry"] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Entry:
     rows: dict[str, list[Row]]
     settles: list[Settle]
-    operation: Operation | None
-    future: Future[Any]
+    operation: Operation | None = None
+    future: Future[Any] | None = None
+    done: Done | None = None
+
+    def end(self, error: LabelError | None, value: Any = None) -> None:
+        if self.done is not None:
+            self.done(error)
+        elif self.future is not None and error is not None:
+            self.future.set_exception(error)
+        elif self.future is not None:
+            self.future.set_result(value)
 
 
 class Writer:
@@ -88,19 +98,26 @@ class Writer:
 
     def write(self, rows: dict[str, list[Row]], settles: list[Settle] | None = None) -> Future[None]:
         """Queues rows by table; the future is done when they are committed."""
-        return self._put(_Entry(rows, settles or [], None, Future()))
+        future: Future[None] = Future()
+        self._put(_Entry(rows, settles or [], future=future))
+        return future
+
+    def post(self, rows: dict[str, list[Row]], settles: list[Settle], done: Done) -> None:
+        """As `write`, for rows that come by the thousand: `done(error or None)` is called in the writer's thread."""
+        self._put(_Entry(rows, settles, done=done))
 
     def do(self, operation: Operation) -> Future[Any]:
         """Queues `operation(connection)`, to run in the transaction of its group, after the rows queued before it; the
         future has its value once that is committed. It may run again if the transaction fails."""
-        return self._put(_Entry({}, [], operation, Future()))
+        future: Future[Any] = Future()
+        self._put(_Entry({}, [], operation, future))
+        return future
 
-    def _put(self, entry: _Entry) -> Future[Any]:
+    def _put(self, entry: _Entry) -> None:
         if self._closing:
-            entry.future.set_exception(StoreError("the store is closed"))
+            entry.end(StoreError("the store is closed"))
         else:
             self._queue.put(entry)
-        return entry.future
 
     def close(self) -> None:
         """Writes what is queued, then ends."""
@@ -113,10 +130,10 @@ class Writer:
 
     def _run(self) -> None:
         while (first := self._queue.get()) is not None:
-            group, end = _Group({name: [] for name in self._statements}), False
+            group, end = _Group({name: [] for name in TABLES}), False
             self._add(group, first)
             with contextlib.suppress(queue.Empty):
-                while len(group.futures) < GROUP:
+                while len(group.entries) < GROUP:
                     entry = self._queue.get_nowait()
                     if entry is None:
                         end = True
@@ -131,19 +148,17 @@ class Writer:
         for name, rows in entry.rows.items():
             group.rows[name] += rows
         group.settles += entry.settles
-        if entry.operation is not None:
-            group.operations.append((entry.operation, entry.future))
-        group.futures.append(entry.future)
+        group.entries.append(entry)
 
     def _commit(self, group: _Group) -> None:
         while True:
             try:
                 with self._engine.begin() as connection:
                     self._settle(connection, group.settles)
-                    for name, statement in self._statements.items():
-                        if group.rows[name]:
-                            connection.execute(statement, group.rows[name])
-                    values = {id(future): operation(connection) for operation, future in group.operations}
+                    for name, rows in group.rows.items():
+                        if rows:
+                            self._statements[name](connection, rows)
+                    ends = [_operate(connection, entry.operation) for entry in group.entries]
             except OperationalError as error:  # disk full, I/O error, locked, connection lost: can pass
                 self.stalled = (
                     f"cannot write the store {self._where} ({cause(error)}). Free space or mend the disk or database: "
@@ -156,19 +171,16 @@ class Writer:
             except (DatabaseError, SQLAlchemyError) as error:
                 log.exception("writing the store failed")
                 return self._fail(group, StoreError(f"store {self._where}: {cause(error)}"))
-            except Exception as error:  # an operation's own defect must not end the thread and hang everybody
-                log.exception("an operation on the store failed")
-                return self._fail(group, StoreError(f"store {self._where}: {error!r}"))
             else:
                 self.stalled = ""
-                for future in group.futures:
-                    future.set_result(values.get(id(future)))
+                for entry, (error, value) in zip(group.entries, ends, strict=True):
+                    entry.end(error, value)
                 return None
 
     @staticmethod
     def _fail(group: _Group, error: StoreError) -> None:
-        for future in group.futures:
-            future.set_exception(error)
+        for entry in group.entries:
+            entry.end(error)
 
     def _settle(self, connection: Connection, settles: list[Settle]) -> None:
         """Books calls; a reservation that was given back meanwhile (an expired lease) is booked already."""
@@ -191,7 +203,7 @@ class Writer:
             if settle.kind != "free":
                 ledger.append(_ledger_row(settle, nanos))
         if ledger:
-            connection.execute(_LEDGER, ledger)
+            self._statements["usage"](connection, ledger)
         budget.apply(connection, changes)
         if ours:
             connection.execute(_UNRESERVE, [{"k": key} for key in sorted(ours)])
@@ -205,7 +217,6 @@ class Writer:
         return found
 
 
-_LEDGER = sa.insert(schema.usage)
 _UNRESERVE = sa.update(schema.requests).where(schema.requests.c.key == sa.bindparam("k")).values(reserved=0)
 
 
@@ -224,8 +235,31 @@ def _ledger_row(settle: Settle, nanos: int | None) -> Row:
     }
 
 
-def _statements(dialect: str, worker: str) -> dict[str, Any]:
-    """In the order in which a group is written: a request row exists before its state changes."""
+def _operate(connection: Connection, operation: Operation | None) -> tuple[LabelError | None, Any]:
+    """(error, value) of an operation. One that fails by itself leaves no trace and does not take others with it."""
+    if operation is None:
+        return None, None
+    try:
+        with connection.begin_nested():
+            return None, operation(connection)
+    except SQLAlchemyError:
+        raise
+    except LabelError as error:
+        return error, None
+    except Exception as error:  # a defect must not end the thread and hang everybody
+        log.exception("an operation on the store failed")
+        return StoreError(f"internal error: {error!r}"), None
+
+
+# In the order in which a group is written: a request row exists before its state changes.
+TABLES = (
+    *("requests", "request_texts", "states", "failed_states", "responses", "failures", "results", "jobs"),
+    "job_items",
+)
+
+
+def _statements(dialect: str, worker: str) -> dict[str, Callable[[Connection, list[Row]], None]]:
+    """What writes the rows of each table."""
     insert: Any = sqlite.insert if dialect == "sqlite" else postgresql.insert
 
     def upsert(table: sa.Table, *keys: str) -> Any:
@@ -239,7 +273,8 @@ def _statements(dialect: str, worker: str) -> dict[str, Any]:
     requests = schema.requests.c
     changed = {name: sa.bindparam(name) for name in ("state", "attempts", "reason", "updated")}
     ended = sa.update(schema.requests).values(owner="", reserved=0, **changed)
-    return {
+    statements = {
+        "usage": sa.insert(schema.usage),
         "requests": once(schema.requests),
         "request_texts": once(schema.request_texts),
         # An answer counts whoever has the lease by now; a failure only if nobody else took the call over.
@@ -251,6 +286,50 @@ def _statements(dialect: str, worker: str) -> dict[str, Any]:
         "jobs": upsert(schema.jobs, "id"),
         "job_items": upsert(schema.job_items, "job", "position", "part"),
     }
+    columns = {
+        **{
+            name: [c.name for c in schema.metadata.tables[name].columns if c.name != "id"]
+            for name in statements
+            if name in schema.metadata.tables
+        },
+        "states": ["k", *changed],
+        "failed_states": ["k", *changed],
+    }
+    return {
+        name: _prepared(statement, columns[name])
+        if dialect == "sqlite" and name in BUSY
+        else _executed(statement)
+        for name, statement in statements.items()
+    }
+
+
+# Written with every call, with all columns in every row: SQLite gets tuples, without a dictionary's detour per row.
+BUSY = {"request_texts", "states", "responses", "usage", "results", "job_items"}
+
+
+def _executed(statement: Any) -> Callable[[Connection, list[Row]], None]:
+    def run(connection: Connection, rows: list[Row]) -> None:
+        connection.execute(statement, rows)
+
+    return run
+
+
+def _prepared(statement: Any, columns: list[str]) -> Callable[[Connection, list[Row]], None]:
+    is_insert = isinstance(statement, sa.Insert)
+    compiled = statement.compile(
+        dialect=sqlite.dialect(paramstyle="qmark"), column_keys=columns if is_insert else None
+    )
+    names = compiled.positiontup or []
+    constant = {name: compiled.params[name] for name in names if name not in columns}
+    text = compiled.string
+
+    def run(connection: Connection, rows: list[Row]) -> None:
+        pick: Any = itemgetter(*names)
+        if constant:
+            rows = [row | constant for row in rows]
+        connection.exec_driver_sql(text, [pick(row) for row in rows])
+
+    return run
 
 
 def cause(error: Exception) -> str:

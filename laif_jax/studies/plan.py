@@ -1,0 +1,233 @@
+"""What a study will ask of other models: calls, tokens, dollars and time, before anything is sent.
+
+Calls are counted exactly, from the study's graph and its prompts, for an empty store: what is stored already is not
+asked again. Tokens are estimated (four bytes each; texts that do not exist yet are taken at their longest), so dollars
+and time are estimates that lean upwards; with a `--budget` the service holds the money itself.
+"""
+
+import dataclasses
+import datetime
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from etils import epath
+
+from laif_jax.config import CriticSpec, EndpointSpec, StudyConfig
+from laif_jax.data.sources import load_prompts
+from laif_jax.labeling.budget import show_money
+from laif_jax.labeling.critic import instruction_text, load_critic
+from laif_jax.labeling.prices import cost, price_of
+from laif_jax.records import Prompt, Usage
+from laif_jax.stages.context import Services, StudyContext
+from laif_jax.stages.split import sft_count
+from laif_jax.studies.graph import ordered
+from laif_jax.studies.laif import Builder
+
+BYTES_PER_TOKEN = 4
+SECONDS_FIRST, TOKENS_PER_SECOND = 0.5, 50.0  # of a hosted model, where the endpoint's latency is not known
+_LABELS = re.compile(r"labels by (.+), policy vs (policy|teacher), sft (.+) (\d+)%")
+
+
+@dataclasses.dataclass
+class PlanRow:
+    """What one role asks of one endpoint. `nanos`: nano-dollars; None: its price is not known."""
+
+    role: str
+    name: str
+    endpoint: str
+    model: str
+    calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    nanos: int | None = None
+    seconds: float = 0.0
+    warning: str = ""
+
+    def add(self, calls: int, prompt_tokens: int, completion_tokens: int) -> None:
+        self.calls += calls
+        self.prompt_tokens += prompt_tokens
+        self.completion_tokens += completion_tokens
+
+
+@dataclasses.dataclass
+class Plan:
+    """All rows; `notes`: what could not be counted, and how tokens were estimated."""
+
+    rows: list[PlanRow]
+    notes: list[str]
+
+    @property
+    def nanos(self) -> int | None:
+        """All dollars; None if a price is missing."""
+        known = [row.nanos for row in self.rows]
+        return None if None in known else sum(nanos for nanos in known if nanos is not None)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "nanos": self.nanos,
+            "notes": self.notes,
+        }
+
+
+def plan_study(config: StudyConfig) -> Plan:
+    """The plan of a study.
+
+    Raises:
+      DataError: its prompts cannot be read. CriticError: a critic is missing.
+    """
+    return _Planner(config).plan()
+
+
+class _Planner:
+    def __init__(self, config: StudyConfig) -> None:
+        self.config = config
+        self.rows: dict[tuple[str, str], PlanRow] = {}
+        self.asked: dict[
+            str, set[str]
+        ] = {}  # prompts by teacher: the same one is asked once, whatever the replicate
+        self.unknown: set[str] = set()
+
+    def plan(self) -> Plan:
+        config, data = self.config, self.config.data
+        evaluation = [
+            row.prompt for row in load_prompts(data.eval, data.root, config.seed, data.symbols, shuffle=False)
+        ]
+        held_out = {prompt.id for prompt in evaluation}
+        root = epath.Path(config.out) / config.name
+        for index in range(config.seeds):
+            seed = config.seed + index
+            loaded = load_prompts(data.train, data.root, seed, data.symbols)
+            train = [row.prompt for row in loaded if row.prompt.id not in held_out]
+            services = Services(config, root)  # starts nothing before it is used
+            builder = Builder(StudyContext(config=config, root=root, seed=seed, services=services))
+            replicate = builder.replicate()
+            names = {node.name for node in ordered(replicate.targets())}
+            self._teachers(builder, names, train, evaluation)
+            for name in sorted(names):
+                self._stage(name, train, evaluation)
+        for row in self.rows.values():
+            self._finish(row)
+        return Plan(list(self.rows.values()), self._notes())
+
+    # ---- counting ------------------------------------------------------------------------------------------------
+
+    def _teachers(
+        self, builder: Builder, names: set[str], train: Sequence[Prompt], evaluation: Sequence[Prompt]
+    ) -> None:
+        for name in self.config.teachers:
+            if f"teacher {name}" in names:
+                arms = [arm for arm in builder.arms if arm.teacher == name]
+                whole = any(arm.pairs == "policy_vs_teacher" for arm in arms)
+                share = 1.0 if whole else max(arm.share for arm in arms)
+                self._complete(name, train[: sft_count(len(train), share)])
+            if f"reference completions of {name}" in names:
+                self._complete(name, evaluation)
+
+    def _complete(self, name: str, prompts: Iterable[Prompt]) -> None:
+        spec = self.config.teachers[name]
+        if spec.endpoint is None:
+            return
+        asked = self.asked.setdefault(name, set())
+        row = self._row("teacher", name, spec.endpoint)
+        for prompt in prompts:
+            if prompt.id not in asked:
+                asked.add(prompt.id)
+                texts = [message.content for message in prompt.messages] + [spec.system or ""]
+                row.add(1, _tokens(texts), spec.max_tokens)
+
+    def _stage(self, name: str, train: Sequence[Prompt], evaluation: Sequence[Prompt]) -> None:
+        if match := _LABELS.fullmatch(name):
+            critic, against, teacher, percent = match.groups()
+            prompts = train[sft_count(len(train), int(percent) / 100) :]
+            other = self._longest(self.config.teachers[teacher].max_tokens if against == "teacher" else None)
+            self._judge("critic", critic, self.config.critics[critic], prompts, self._longest(None) + other)
+        elif name.startswith("evaluation of "):
+            judge = self.config.evaluation.judge
+            sampled = self.config.evaluation.sampling.max_new_tokens
+            reference = self.config.teachers[self.config.evaluation.reference].max_tokens
+            self._judge("judge", judge.endpoint, judge, evaluation, sampled + reference)
+        elif re.search(r"\bround\b|^ppo ", name):
+            self.unknown.add(name)
+
+    def _longest(self, tokens: int | None) -> int:
+        return self.config.sampling.max_new_tokens if tokens is None else tokens
+
+    def _judge(self, role: str, name: str, spec: CriticSpec, prompts: Sequence[Prompt], answers: int) -> None:
+        critic = load_critic(spec.critic)
+        row, orders = self._row(role, name, spec.endpoint), 2 if spec.order == "both" else 1
+        fixed = _tokens([message["content"] for message in critic.messages("", "", "")])
+        for prompt in prompts:
+            row.add(
+                orders,
+                orders * (fixed + answers + _tokens([instruction_text(prompt)])),
+                orders * critic.max_tokens,
+            )
+
+    # ---- money and time ------------------------------------------------------------------------------------------
+
+    def _row(self, role: str, name: str, endpoint: str) -> PlanRow:
+        spec = self.config.endpoints[endpoint]
+        return self.rows.setdefault((role, name), PlanRow(role, name, endpoint, spec.model))
+
+    def _finish(self, row: PlanRow) -> None:
+        spec, today = self.config.endpoints[row.endpoint], datetime.datetime.now(datetime.UTC).date()
+        price = price_of(spec, today)
+        if price is None:
+            row.warning = "its price is not known: give `prompt_price` and `completion_price`"
+        else:
+            usage = Usage(prompt_tokens=row.prompt_tokens, completion_tokens=row.completion_tokens)
+            row.nanos = cost(price, usage, batch=spec.batch)
+            row.warning = price.warning(today)
+        row.seconds = row.calls * _latency(spec, row) / spec.concurrency
+
+    def _notes(self) -> list[str]:
+        notes = [
+            f"tokens are estimated: {BYTES_PER_TOKEN} bytes each; answers that do not exist yet at their longest",
+            "time: from the endpoints' concurrency; a hosted model's latency is assumed, its rate limits are not known",
+            "calls: for an empty store; what is stored already is not asked again",
+        ]
+        if self.unknown:
+            notes.append(f"not counted, because it depends on the run: {', '.join(sorted(self.unknown))}")
+        if self.config.evaluation.agreement:
+            notes.append("not counted: the judge's agreement with human labels")
+        return notes
+
+
+def _tokens(texts: Iterable[str]) -> int:
+    return sum(
+        math.ceil(len(text.encode("utf-8", "replace")) / BYTES_PER_TOKEN) + 4 for text in texts if text
+    )
+
+
+def _latency(spec: EndpointSpec, row: PlanRow) -> float:
+    if spec.simulated is not None:
+        return spec.simulated.latency
+    return SECONDS_FIRST + row.completion_tokens / max(row.calls, 1) / TOKENS_PER_SECOND
+
+
+def show_plan(plan: Plan) -> str:
+    """The plan as a table for a terminal."""
+    head = ("role", "who", "model", "calls", "prompt tok.", "compl. tok.", "dollars", "time")
+    lines: list[tuple[str, ...]] = [head]
+    for row in plan.rows:
+        time = str(datetime.timedelta(seconds=round(row.seconds)))
+        counts = [f"{n:,}" for n in (row.calls, row.prompt_tokens, row.completion_tokens)]
+        lines.append((row.role, row.name, row.model, *counts, show_money(row.nanos), time))
+    total = [
+        f"{sum(getattr(row, name) for row in plan.rows):,}"
+        for name in ("calls", "prompt_tokens", "completion_tokens")
+    ]
+    lines.append(("total", "", "", *total, show_money(plan.nanos), ""))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    table = [
+        "  ".join(
+            cell.ljust(w) if i < 3 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    warnings = [f"{row.name}: {row.warning}" for row in plan.rows if row.warning]
+    return "\n".join([*table, "", *(f"* {note}" for note in (*plan.notes, *warnings))])
