@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import laif_jax
-from laif_jax.config import dump_config, load_config
+from laif_jax.config import PpoConfig, RewardConfig, StudyConfig, dump_config, load_config
 
 ROOT = Path(laif_jax.__file__).parent
 MODULES = sorted(m.name for m in pkgutil.walk_packages([str(ROOT)], "laif_jax."))
@@ -94,11 +94,11 @@ def test_every_public_function_and_class_is_described(name):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_shipped_configurations_load_and_round_trip(path, tmp_path):
-    text = path.read_text()
-    scales = list(yaml.safe_load(text).get("scales") or {})
-    for scale in ["default", *scales]:
-        config = load_config(path, [f"scale={scale}"])
+    tree = yaml.safe_load(path.read_text())
+    schema = RewardConfig if "pairs" in tree else PpoConfig if "rewards" in tree else StudyConfig
+    for scale in ["default", *(tree.get("scales") or {})]:
+        config = load_config(path, [f"scale={scale}"], schema)
         saved = tmp_path / "config.yaml"
         saved.write_text(dump_config(config))
-        assert load_config(saved) == config
+        assert load_config(saved, [], schema) == config
     assert len(CONFIGS) >= 2
