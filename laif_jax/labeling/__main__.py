@@ -5,6 +5,7 @@ import logging
 import sys
 
 from laif_jax.labeling.errors import LabelError
+from laif_jax.labeling.leases import LEASE
 from laif_jax.labeling.process import end_with_parent
 from laif_jax.labeling.service import serve_labels
 from laif_jax.labeling.worker import work_off
@@ -27,16 +28,29 @@ def main() -> int:
     work = commands.add_parser("work", help="take part in the jobs of a service on the same store")
     work.add_argument("--store", required=True, help="folder, or postgresql://user@host:port/database")
     work.add_argument("--end-with-parent", action="store_true", help="end when standard input closes")
+    for command in (serve, work):
+        command.add_argument(
+            "--lease",
+            type=float,
+            default=LEASE,
+            help="seconds of silence after which others take over its calls",
+        )
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if options.end_with_parent:
         end_with_parent()
     try:
         if options.command == "work":
-            work_off(options.store)
+            work_off(options.store, options.lease)
             return 0
         serve_labels(
-            options.host, options.port, options.store, options.ready_file, options.patience, options.budget
+            options.host,
+            options.port,
+            options.store,
+            options.ready_file,
+            options.patience,
+            options.budget,
+            options.lease,
         )
     except LabelError as error:
         logging.getLogger("laif_jax.labeling").error("%s", error)

@@ -209,6 +209,12 @@ class LabelClient:
                 on_progress(status)
             if status.state == "done":
                 return status
+            if status.state == "out_of_budget":
+                raise LabelServiceError(
+                    f"labelling job {status.id} is out of budget: {status.done} of {status.total} items are done and "
+                    "kept. Raise the budget (`laif label budget AMOUNT --store STORE`); the job then goes on by itself, and "
+                    "running again waits for it"
+                )
             if status.state == "failed":
                 raise LabelServiceError(f"labelling job {status.id} failed: {status.reason}")
             if status.stalled:

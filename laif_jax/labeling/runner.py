@@ -5,7 +5,6 @@ import contextlib
 import logging
 from datetime import UTC, datetime
 
-from laif_jax.labeling import leases
 from laif_jax.labeling.errors import LabelError
 from laif_jax.labeling.jobs import JobStatus, job_request
 from laif_jax.labeling.prices import need_price
@@ -94,7 +93,7 @@ class Runner:
 
     async def _look_after(self) -> None:
         """Renews the lease, gives back what dead workers held, joins jobs of others and leaves those that ended."""
-        beat_every = max(1, round(leases.LEASE / 6 / LOOK))
+        beat_every = max(1, round(self.store.lease / 6 / LOOK))
         count = 0
         while not self._closed.is_set():
             with contextlib.suppress(TimeoutError):

@@ -16,6 +16,7 @@ from laif_jax.labeling.budget import parse_money
 from laif_jax.labeling.client import LabelClient
 from laif_jax.labeling.database import is_address
 from laif_jax.labeling.errors import LabelServiceError
+from laif_jax.labeling.leases import LEASE
 from laif_jax.labeling.process import Child
 from laif_jax.labeling.store import Store
 
@@ -29,6 +30,7 @@ def serve_labels(
     ready_file: str | Path | None = None,
     patience: float = 0.0,
     budget: str | None = None,
+    lease: float = LEASE,
 ) -> None:
     """Serves until SIGTERM or SIGINT; then stops calling, stores the answers that are under way, and ends.
 
@@ -38,6 +40,7 @@ def serve_labels(
       store: a folder, or postgresql://user@host:port/database.
       patience: seconds to wait for another service that has the store open.
       budget: what all calls together may cost, "25USD"; None: as it was set before ("none" lifts it).
+      lease: seconds that it may be silent before workers on other machines take over its calls.
 
     Raises:
       BudgetError: `budget` is no amount. StoreError: the store cannot be opened. LabelServiceError: the port is taken.
@@ -45,7 +48,7 @@ def serve_labels(
     # httpx logs every address at INFO; a run makes thousands.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     cap = None if budget in (None, "none") else parse_money(budget)
-    opened = Store(store, patience=patience, shared=is_address(store))
+    opened = Store(store, patience=patience, shared=is_address(store), lease=lease)
     if budget is not None:
         opened.set_cap(cap)
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)

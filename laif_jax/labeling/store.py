@@ -37,18 +37,21 @@ class Store(StoreReader):
       patience: seconds to wait for another service that has it open, which may be ending.
       shared: open it as one of several workers. Otherwise, in a folder, one process at a time may have it open like
         this (a service); workers may come and go beside it.
+      lease: seconds that it may be silent before others take over its calls. (In a folder a dead one is known at once.)
 
     Raises:
       StoreError: it cannot be reached or written, another service uses it, or the file is no store that this program
         can read or upgrade.
     """
 
-    def __init__(self, where: str | Path, *, patience: float = 0.0, shared: bool = False) -> None:
+    def __init__(
+        self, where: str | Path, *, patience: float = 0.0, shared: bool = False, lease: float = leases.LEASE
+    ) -> None:
         self.engine, folder = connect(where)
         self.folder = folder
         self.path = folder / "labels.sqlite" if folder is not None else Path(shown(where))
         self.where = shown(where) if folder is None else str(self.path)
-        self.worker = uuid.uuid4().hex
+        self.worker, self.lease = uuid.uuid4().hex, lease
         self._started, self._closed = now(), False
         self._locks: list[FileLock] = []
         try:
@@ -95,7 +98,7 @@ class Store(StoreReader):
             )
 
     def _beat(self, connection: Connection) -> None:
-        leases.beat(connection, self.worker, socket.gethostname(), os.getpid(), self._started)
+        leases.beat(connection, self.worker, socket.gethostname(), os.getpid(), self._started, self.lease)
 
     def _let_go(self) -> None:
         self.engine.dispose()

@@ -5,22 +5,26 @@ import logging
 import signal
 from pathlib import Path
 
+from laif_jax.labeling.leases import LEASE
 from laif_jax.labeling.runner import Runner
 from laif_jax.labeling.store import Store
 
 log = logging.getLogger(__name__)
 
 
-def work_off(store: str | Path) -> None:
+def work_off(store: str | Path, lease: float = LEASE) -> None:
     """Works until SIGTERM or SIGINT; then stops calling, stores the answers that are under way, and ends.
 
     It reads keys from its own environment; a job whose endpoint cannot be used here is left to the others.
+
+    Args:
+      lease: seconds that it may be silent before others take over its calls.
 
     Raises:
       StoreError: the store cannot be opened.
     """
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    opened = Store(store, shared=True)
+    opened = Store(store, shared=True, lease=lease)
     try:
         asyncio.run(_work(opened))
     finally:
