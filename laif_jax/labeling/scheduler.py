@@ -15,7 +15,7 @@ from laif_jax.labeling.calls import Call, Endpoint
 from laif_jax.labeling.errors import CallError
 from laif_jax.labeling.lanes import Lane
 from laif_jax.labeling.prices import Price, cost, most, price_of
-from laif_jax.labeling.providers import Provider, make_provider, read_reply
+from laif_jax.labeling.providers import Provider, SqlLedger, make_provider, read_reply
 from laif_jax.labeling.store import Row, Settle, Store, now
 from laif_jax.records import Usage
 
@@ -117,7 +117,8 @@ class Scheduler:
         """A job's way to its endpoint. Raises `EndpointError` if the endpoint cannot be used."""
         provider = self._providers.get(endpoint)
         if provider is None:
-            provider = self._providers[endpoint] = make_provider(endpoint)
+            ledger = SqlLedger(self.store.engine) if endpoint.batch else None
+            provider = self._providers[endpoint] = make_provider(endpoint, ledger)
         lane = self._lanes.get(endpoint.key)
         if lane is None:
             lane = self._lanes[endpoint.key] = Lane(provider.width)

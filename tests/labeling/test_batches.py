@@ -14,7 +14,9 @@ from laif_jax.labeling.calls import Call, Endpoint
 from laif_jax.labeling.errors import AuthFailed, BadRequest, CallError, EndpointError, Overloaded
 from laif_jax.labeling.providers import BatchProvider, Reply, SqlLedger, make_provider
 from laif_jax.labeling.providers.ledger import batches
+from laif_jax.records import Status
 from tests.labeling.batch_server import APIS, AnthropicBatchApi, OpenAIBatchApi
+from tests.labeling.helpers import judge, planted
 from tests.labeling.wire_server import Response, WireServer, serve
 
 KINDS = tuple(APIS)
@@ -318,3 +320,17 @@ def test_the_ledger_knows_open_rows_only(ledger: SqlLedger) -> None:
 
 def test_overloaded_is_what_an_unanswered_row_is() -> None:
     assert Overloaded("batch_unanswered", "x").retryable
+
+
+def test_a_job_runs_as_one_batch_and_its_answers_are_stored(tmp_path: Path) -> None:
+    api = AnthropicBatchApi()
+    items = planted(20)
+    with serve(api) as server:
+        at = endpoint("anthropic", server, concurrency=2)
+        first = judge(tmp_path, at, "laif_basic", items)
+        again = judge(tmp_path, at, "laif_basic", items)
+    # The fake critic answers with the question, which holds an example: the same place in both orders.
+    assert {row.status for row in first} == {Status.TIE}
+    assert [row.comparison_id for row in first] == [row.comparison_id for row in again]
+    assert len(api.batches) == 1
+    assert sum(api.asked.values()) == 40
