@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from laif_jax.cli.main import main
 from laif_jax.models.model import load_model
 from laif_jax.stages import label
 from laif_jax.stages.artifact import StageError
@@ -193,7 +194,7 @@ def test_a_critic_that_dies_in_a_round_keeps_the_finished_ones(tmp_path, monkeyp
         raise StageError("the critic does not answer")
 
     monkeypatch.setattr(label, "judge", dead)
-    assert tiny_rl.run(tmp_path, arms=["SFT", "rounds"]) == 1
+    assert tiny_rl.run(tmp_path, arms=["SFT", "rounds"], here=True) == 1
     made = tiny.results(tmp_path)
     first, second = made["rounds"]["rounds"][1:]
     assert first["win_rate"] is not None
@@ -202,6 +203,48 @@ def test_a_critic_that_dies_in_a_round_keeps_the_finished_ones(tmp_path, monkeyp
     assert list(made["arms"]) == ["SFT"]
     trained = [name for name in tiny.manifests(tmp_path) if name.startswith("dpo-")]
     monkeypatch.setattr(label, "judge", asked)
-    assert tiny_rl.run(tmp_path, arms=["SFT", "rounds"]) == 0
+    assert tiny_rl.run(tmp_path, arms=["SFT", "rounds"], here=True) == 0
     assert [name for name in tiny.manifests(tmp_path) if name.startswith("dpo-")] == trained
     assert tiny.results(tmp_path)["rounds"]["rounds"][2]["win_rate"] is not None
+
+
+def test_people_label_a_round_between_two_runs(tmp_path):
+    copy_of(tmp_path)
+    study = tmp_path / "runs" / "tiny"
+    for number in (1, 2):
+        assert (
+            tiny_rl.run(tmp_path, "iterate.labels=human", "iterate.evaluate=false", arms=["SFT", "rounds"])
+            == 1
+        )
+        reason = tiny.results(tmp_path)["rounds"]["rounds"][number]["reason"]
+        assert "wait for people" in reason
+        (asked,) = [f for f in study.glob("comparisons-*") if not (f / "labels.jsonl").exists()]
+        rows = [json.loads(line) for line in (asked / "comparisons.jsonl").read_text().splitlines()]
+        labels = [{"id": row["id"], "preference": 1 + (len(row["a"]) < len(row["b"]))} for row in rows]
+        (asked / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
+    assert (
+        tiny_rl.run(tmp_path, "iterate.labels=human", "iterate.evaluate=false", arms=["SFT", "rounds"]) == 0
+    )
+    assert tiny.results(tmp_path)["arms"]["rounds"]["win_rate"] is not None
+
+
+def test_with_the_initial_reference_a_later_round_starts_away_from_it(tmp_path):
+    copy_of(tmp_path)
+    before = {name for name in tiny.manifests(tmp_path) if name.startswith("dpo-")}
+    assert tiny_rl.run(tmp_path, "iterate.reference=initial", arms=["SFT", "rounds"]) == 0
+    (new,) = {name for name in tiny.manifests(tmp_path) if name.startswith("dpo-")} - before
+    manifest = tiny.manifests(tmp_path)[new]
+    assert manifest["inputs"]["reference"] != manifest["inputs"]["policy"]
+    first = tiny.rows(tmp_path / "runs" / "tiny" / new / "train" / "metrics.jsonl")[0]
+    assert first["rewards/chosen"] != 0.0
+    assert first["rewards/rejected"] != 0.0
+
+
+def test_a_reward_models_batches_can_be_looked_at(tmp_path, capsys):
+    copy_of(tmp_path)
+    before = tiny.manifests(tmp_path)
+    assert main(["inspect", str(tiny.write(tmp_path, **tiny_rl.CHANGES)), "--stage", "reward"]) == 0
+    text = capsys.readouterr().out
+    assert "reward model on labels by strong" in text
+    assert "<assistant>" in text
+    assert tiny.manifests(tmp_path) == before  # nothing was run for it

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from laif_jax.config.load import SECTIONS
 from tests.studies import tiny
 
 FROM: dict[str, Any] = {"teacher": "weak", "share": 0.25, "critic": "strong"}
@@ -51,36 +52,35 @@ CHANGES: dict[str, Any] = {
 }
 
 
-def run(folder: Path, *overrides: str, arms: list[str] | None = None, **changes: Any) -> int:
-    """`laif run` of the study, or of some of its arms alone, with what they read."""
+def run(
+    folder: Path, *overrides: str, arms: list[str] | None = None, here: bool = False, **changes: Any
+) -> int:
+    """`laif run` of the study, or of some of its arms alone, with what they read; returns its exit status.
+
+    In a process of its own with one device, unless `here`: compiling for the eight of this one takes several times as
+    long, and sharded stages have tests of their own.
+    """
     made = {**CHANGES, **changes}
     if arms is not None:
-        made["arms"] = [arm for arm in ARMS if arm["name"] in arms]
-        made["questions"] = []
-        methods = {arm.get("optimize", "none") for arm in made["arms"]}
-        used = {
-            "dpo": {"dpo", "iterated_dpo"},
-            "reward": {"ppo", "iterated_ppo", "best_of_n", "rejection_sampling"},
-            "ppo": {"ppo", "iterated_ppo"},
-            "best_of_n": {"best_of_n"},
-            "rejection_sampling": {"rejection_sampling"},
-            "iterate": {"iterated_dpo", "iterated_ppo"},
-        }
-        made |= {section: ... for section, users in used.items() if not users & methods}
-    return tiny.run(folder, *overrides, **made)
+        made |= _only(arms)
+    if here:
+        return tiny.run(folder, *overrides, **made)
+    environment = {**os.environ, "XLA_FLAGS": "", "LAIF_CACHE": str(tiny.cache())}
+    command = [sys.executable, "-m", "laif_jax.cli", "run", str(tiny.write(folder, **made)), *overrides]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def _only(names: list[str]) -> dict[str, Any]:
+    """Some arms, without the sections that no other arm reads."""
+    arms = [arm for arm in ARMS if arm["name"] in names]
+    used = {section for arm in arms for section in SECTIONS[arm.get("optimize", "none")]}
+    every = {section for sections in SECTIONS.values() for section in sections}
+    return {"arms": arms, "questions": [], **dict.fromkeys(every - used, ...)}
 
 
 @functools.cache
 def finished() -> Path:
-    """The folder of the study as it is, run to its end. Not to be written to.
-
-    In a process of its own with one device: compiling for eight takes several times as long, and sharded stages have
-    tests of their own.
-    """
+    """The folder of the study as it is, run to its end. Not to be written to."""
     folder = tiny._home() / "rl"
-    path = tiny.write(folder, **CHANGES)
-    environment = {**os.environ, "XLA_FLAGS": "", "LAIF_CACHE": str(tiny.cache())}
-    command = [sys.executable, "-m", "laif_jax.cli", "run", str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert run(folder) == 0
     return folder
