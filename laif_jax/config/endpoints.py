@@ -1,6 +1,7 @@
 """Schemas of endpoints, teachers, critics and the labelling service."""
 
 import json
+import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -20,12 +21,14 @@ _NOT_OPTIONS = {
     "top_logprobs",
 }
 
+_SECRET = re.compile(r"api_?-?key|secret|password|authorization", re.IGNORECASE)
+
 
 def _check_options(options: dict[str, Any]) -> dict[str, Any]:
     """More fields of a request's body: they are stored with each request, so no secrets, and nothing that calls set."""
     if taken := sorted(_NOT_OPTIONS & set(options)):
         raise ValueError(f"`options` must not hold {', '.join(taken)}: the calls themselves set them")
-    if secret := sorted(name for name in options if "key" in name.lower() or "secret" in name.lower()):
+    if secret := sorted(name for name in options if _SECRET.search(name)):
         raise ValueError(f"`options` must not hold {', '.join(secret)}: they are stored. Use `api_key_env`")
     try:
         json.dumps(options, allow_nan=False)
@@ -172,6 +175,8 @@ class EndpointSpec(Spec):
             raise ValueError("give one of `api_key_env` and `api_key_file`")
         if self.project and (self.api_key_env or self.api_key_file):
             raise ValueError("`project` asks Vertex AI, with Google's own credentials: remove the API key")
+        if self.cassette and not self.cassette.endswith(".jsonl"):
+            raise ValueError("the file of `cassette` must end in .jsonl")
         if self.batch and self.cassette:
             raise ValueError("`batch` and `cassette` do not go together: remove one")
         if self.batch and self.project and not self.batch_folder:

@@ -106,6 +106,9 @@ class Endpoint(BaseModel):
             raise ValueError("an OpenAI-compatible endpoint needs `base_url`")
         if self.api_key_env and self.api_key_file:
             raise ValueError("give one of `api_key_env` and `api_key_file`")
+        if self.cassette and not self.cassette.endswith(".jsonl"):
+            # A job names the file: it must not be one that means something else to this machine.
+            raise ValueError("the file of `cassette` must end in .jsonl")
         if self.base_url is not None:
             object.__setattr__(self, "base_url", checked_url(self.base_url))
         if not self.identity:

@@ -141,6 +141,12 @@ def test_a_broken_cassette_names_its_line(text: str, tmp_path: Path) -> None:
         make_provider(replay("openai", tmp_path / "none.jsonl"))
 
 
+def test_a_cassette_cannot_be_any_file() -> None:
+    for path in ("/home/me/.bashrc", "tape.json"):
+        with pytest.raises(ValueError, match=r"\.jsonl"):
+            replay("openai", Path(path))
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_cassette_that_cannot_be_written_is_told_before_anything_is_asked(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)

@@ -153,6 +153,7 @@ def test_options_are_sent_and_part_of_the_key() -> None:
         else:
             assert "temperature" not in sent
             assert kind == "anthropic" or sent["reasoning_effort"] == "low"
+    assert EndpointSpec(provider="openai", base_url="http://h/v1", options={"prompt_cache_key": "x"}).options
     for bad in ({"messages": []}, {"api_key": "x"}, {"x": float("nan")}):
         with pytest.raises(ValueError, match="options"):
             EndpointSpec(provider="openai", base_url="http://h/v1", options=bad)
