@@ -279,7 +279,8 @@ class _Run:
         if show:
             shown = mean_rows(self.history[-min(self.spec.log_every, len(self.history)) :])
             self.writer.show(shown)
-            self.progress.update(row["step"], shown)
+            if row["step"] > 0:
+                self.progress.update(row["step"], shown)
 
     # ---- evaluation ----
 
