@@ -29,6 +29,7 @@ def run(
     *,
     split: str,
     generator: str,
+    batch_size: int = 32,
 ) -> Artifact:
     """Scores all samples and writes
 
@@ -39,6 +40,7 @@ def run(
 
     Args:
       samples: of the stage `sample`, n per prompt. reward: of the stage `reward`.
+      batch_size: responses scored together.
     """
     settings = {"split": split, "generator": generator}
     inputs = {"prompts": prompts, "samples": samples, "reward": reward}
@@ -46,7 +48,7 @@ def run(
     def work(folder: epath.Path) -> dict[str, Any]:
         by_id = {row.prompt.id: row.prompt for row in prompts_stage.read(prompts, split)}
         groups = _by_prompt(sample.read(samples))
-        table = score(ctx, reward, by_id, [c for group in groups for c in group])
+        table = score(ctx, reward, by_id, [c for group in groups for c in group], batch_size)
         scores = _split(table, [len(group) for group in groups])
         best = [int(np.argmax(row)) for row in scores]
         chosen = [
@@ -81,10 +83,11 @@ def score(
     reward: Artifact,
     prompts: dict[str, Prompt],
     completions: Sequence[Completion],
+    batch_size: int,
 ) -> np.ndarray:
     """The reward model's score of each completion, float32 [n]; of an ensemble the mean."""
     model = load_reward_model(model_folder(reward), mesh=ctx.mesh)
-    scorer = RewardScorer(model, mesh=ctx.mesh, dtype=compute_dtype(ctx))
+    scorer = RewardScorer(model, mesh=ctx.mesh, dtype=compute_dtype(ctx), batch_size=batch_size)
     encoded = [
         encode_response(model, prompts[c.prompt_id].messages, c.text, c.finish_reason) for c in completions
     ]

@@ -330,7 +330,13 @@ class Builder:
         return self.node(
             f"best samples of {arm.name}",
             lambda i: best_of_n.run(
-                self.ctx, i["prompts"], i["samples"], i["reward"], split=split, generator=arm.name
+                self.ctx,
+                i["prompts"],
+                i["samples"],
+                i["reward"],
+                split=split,
+                generator=arm.name,
+                batch_size=size,
             ),
             arm=arm.name,
             prompts=self.prompts,
