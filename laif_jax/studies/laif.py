@@ -315,7 +315,7 @@ class Builder:
         config, name = self.config, f"sft {arm.teacher} {arm.share:.0%}"
         if arm.optimize == "best_of_n":
             assert config.best_of_n is not None
-            split = "eval"
+            split, size = "eval", config.evaluation.sampling.batch_size
             spec = config.evaluation.sampling.model_copy(update={"samples": config.best_of_n.n})
             samples = self.node(
                 f"{config.best_of_n.n} evaluation samples each of {name}",
@@ -325,7 +325,7 @@ class Builder:
             )
         else:
             assert config.rejection_sampling is not None
-            split = "train"
+            split, size = "train", config.sampling.batch_size
             samples = self._policy_samples(arm.teacher, arm.share, config.rejection_sampling.n)
         return self.node(
             f"best samples of {arm.name}",

@@ -166,7 +166,7 @@ def _summary(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per arm, KL coefficient and learning rate: the evaluations averaged over seeds, the square-root fit over all of
+    """Per arm, KL coefficient and learning rate: the evaluations averaged over seeds, the square-root fit to all of
     them, and the turn of true quality."""
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for run in runs:
@@ -180,7 +180,6 @@ def _settings(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         quality = mean["true_quality"]
         peak = turn(mean["kl"], quality) if quality else None
-        before = [i for i, kl in enumerate(mean["kl"]) if kl is not None and (not peak or kl <= peak["kl"])]
         label = f"KL coefficient {coef:g}, rate {scientific(rate)}"
         made.append(
             {
@@ -190,8 +189,7 @@ def _settings(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "seeds": [run["seed"] for run in group],
                 "label": f"{arm}: {label}" if several else label,
                 **mean,
-                # The law is of the rise; past the turn nothing follows it.
-                "fit": sqrt_fit([mean["kl"][i] for i in before], [mean["reward"][i] for i in before]),
+                "fit": sqrt_fit(mean["kl"], mean["reward"]),
                 "turn": peak,
             }
         )
