@@ -27,7 +27,7 @@ from laif_jax.training.feed import (
 from laif_jax.training.metrics import MetricsWriter, clean, flops_per_token, mean_rows, peak_flops
 from laif_jax.training.optim import make_optimizer, optimizer_hyper, schedule
 from laif_jax.training.progress import open_progress
-from laif_jax.training.reference import FillsPairs
+from laif_jax.training.reference import ReferenceLogps
 from laif_jax.training.state import TrainState, state_shardings
 from laif_jax.training.step import make_train_step
 
@@ -72,7 +72,7 @@ def train(
     mesh: Mesh,
     total_steps: int | None = None,
     optimizer: optax.GradientTransformation | None = None,
-    reference: FillsPairs | None = None,
+    reference: ReferenceLogps | None = None,
     callback: Callback | None = None,
     callback_every: int = 0,
     wandb: Mapping[str, Any] | None = None,
@@ -88,8 +88,7 @@ def train(
       spec: optimiser, `log_every`, `save_every`, `keep`. out_dir: gets checkpoints/, metrics.jsonl, tensorboard/.
       total_steps: updates of the whole run; None: `spec.steps`, or else `batches.total_steps`.
       optimizer: None: that of `spec.optimizer`; it must be the one that made the state.
-      reference: arrays by pair that are filled into each batch: reference log-probs, which are checked before the
-        first update, or `laif_jax.training.reward_task.PairColumns`.
+      reference: reference log-probs by pair, filled into each batch; before the first update they are checked.
       callback: called with (step, state) every `callback_every` steps and after the last, for tables of samples. It
         must not keep the state, which the next step donates. A text that it returns goes to TensorBoard.
       wandb: arguments of `wandb.init`, or None. progress: False shows none (where another display is live).
@@ -129,7 +128,7 @@ class _Run:
         mesh: Mesh,
         total: int,
         optimizer: optax.GradientTransformation | None,
-        reference: FillsPairs | None,
+        reference: ReferenceLogps | None,
         wandb: Mapping[str, Any] | None,
         title: str,
     ):

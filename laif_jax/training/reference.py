@@ -13,7 +13,7 @@ import sys
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,12 +38,6 @@ class MissingReferenceError(LaifError, KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0])
-
-
-class FillsPairs(Protocol):
-    """Arrays by pair, looked up for a batch."""
-
-    def fill(self, pair_index: np.ndarray) -> dict[str, np.ndarray]: ...
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Training reward models on pairs: the task, ensembles, and columns that pairs have beside their tokens."""
+"""Training reward models on pairs: the loss of one, or of an ensemble in one step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -62,7 +62,7 @@ class RewardTask:
 
         Args:
           batch: rows [R, T] and pair tables [N] as of `preference_batches` (reference log-probs are not read), and
-            optionally `margin` [N], and `member_weight` [N, K], factors of `weight`.
+            optionally its columns `margin` [N], and `member_weight` [N, K], factors of `weight`.
         """
         chosen, rejected = self.pair_scores(params, batch)
         p, weight = constrain(batch["p_chosen"], None), constrain(batch["weight"], None)
@@ -111,24 +111,3 @@ def bootstrap_weights(pairs: int, members: int, seed: int) -> np.ndarray:
     bootstrap: normalised by their sum, as the loss does, they are uniform over all weightings)."""
     random = np.random.default_rng(np.random.SeedSequence([seed, members]))
     return random.exponential(size=(pairs, members)).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class PairColumns:
-    """Arrays by pair that are filled into each batch; what `train` takes as `reference`.
-
-    Attributes:
-      columns: name -> [pairs, ...], such as `margin` [pairs] and `member_weight` [pairs, K].
-    """
-
-    columns: Mapping[str, np.ndarray]
-
-    def fill(self, pair_index: np.ndarray) -> dict[str, np.ndarray]:
-        """The arrays of a batch, [*pair_index.shape, ...]; 0 at padding (index -1)."""
-        real = pair_index >= 0
-        return {
-            name: np.where(real.reshape(*real.shape, *[1] * (values.ndim - 1)), values[pair_index], 0).astype(
-                np.float32
-            )
-            for name, values in self.columns.items()
-        }
