@@ -14,7 +14,6 @@ from etils import epath
 
 from laif_jax.evaluation.labels import label_summary
 from laif_jax.labeling.critic import instruction_text
-from laif_jax.labeling.preferences import to_preferences
 from laif_jax.parallel import distributed
 from laif_jax.records import Comparison, Judgement, Status, file_sha256, read_jsonl, write_jsonl
 from laif_jax.records.io import read_jsonl_numbered
@@ -36,7 +35,7 @@ HOW = (
 
 def run(ctx: Context, prompts: Artifact, samples: Artifact, teacher: Artifact | None = None) -> Artifact:
     """Preferences of people, as `stages.label.run` gives those of a critic: `judgements.jsonl.gz`,
-    `single_order_judgements.jsonl.gz` (one per label), `preferences.jsonl.gz`.
+    `single_order_judgements.jsonl.gz` (one per label), `preferences.jsonl.gz`, `ties.jsonl.gz`.
 
     Args:
       samples: completions of the policy; two per prompt when there is no teacher.
@@ -69,13 +68,12 @@ def run(ctx: Context, prompts: Artifact, samples: Artifact, teacher: Artifact | 
                 f"`labeling.min_coverage` {ctx.config.labeling.min_coverage:.0%} asks for; {missing} are missing, the "
                 f"first is {first}. Add them and run the same command again, or lower `labeling.min_coverage`"
             )
-        preferences, states = to_preferences(comparisons, judgements)
+        preferences, states = label.write_preferences(folder, comparisons, judgements)
         if not preferences:
             raise StageError(f"{path} prefers nothing: all {len(judgements)} labels are ties")
         every = [judgement for parts in single.values() for judgement in parts]
         write_jsonl(folder / "judgements.jsonl.gz", judgements)
         write_jsonl(folder / "single_order_judgements.jsonl.gz", every)
-        write_jsonl(folder / label.PREFERENCES, preferences)
         return {
             "comparisons": len(comparisons),
             "preferences": len(preferences),

@@ -1,7 +1,7 @@
 """Pairs of completions -> a critic's judgements -> preferences."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -22,12 +22,14 @@ from laif_jax.stages.progress import job_lines
 from laif_jax.stages.usage import usage_of
 
 PREFERENCES = "preferences.jsonl.gz"
+TIES = "ties.jsonl.gz"
 
 
 def run(
     ctx: Context, prompts: Artifact, samples: Artifact, teacher: Artifact | None, *, critic: str
 ) -> Artifact:
-    """Judges pairs and writes `judgements.jsonl.gz`, the verdicts in single orders, and `preferences.jsonl.gz`.
+    """Judges pairs and writes `judgements.jsonl.gz`, the verdicts in single orders, `preferences.jsonl.gz` and
+    `ties.jsonl.gz`.
 
     Args:
       samples: completions of the policy; two per prompt when there is no teacher.
@@ -46,7 +48,7 @@ def run(
         write_jsonl(folder / "judgements.jsonl.gz", judgements)
         # The verdicts in one order each, which the `parts` of the merged ones name.
         write_jsonl(folder / "single_order_judgements.jsonl.gz", single)
-        preferences, counts = to_preferences(comparisons, judgements)
+        preferences, counts = write_preferences(folder, comparisons, judgements)
         decided = sum(judgement.p_b is not None for judgement in judgements)
         check_coverage(ctx, f"critic `{critic}`", decided, judgements)
         if not preferences:
@@ -54,7 +56,6 @@ def run(
                 f"critic `{critic}` preferred nothing in {len(comparisons)} comparisons: {counts}. What it said in "
                 f"each order is in {folder / 'single_order_judgements.jsonl.gz'}; take another critic or endpoint"
             )
-        write_jsonl(folder / PREFERENCES, preferences)
         return {
             "comparisons": len(comparisons),
             "preferences": len(preferences),
@@ -66,9 +67,27 @@ def run(
     return run_stage("label", settings, inputs, ctx.root, work, main_only=True)
 
 
+def write_preferences(
+    folder: epath.Path, comparisons: Sequence[Comparison], judgements: Sequence[Judgement]
+) -> tuple[list[Preference], dict[str, int]]:
+    """Writes preferences and ties. Returns the preferences, and the counts of `to_preferences`, without the ties."""
+    rows, counts = to_preferences(comparisons, judgements, keep_ties=True)
+    preferences = [row for row in rows if row.p_chosen != 0.5]
+    write_jsonl(folder / PREFERENCES, preferences)
+    write_jsonl(folder / TIES, [row for row in rows if row.p_chosen == 0.5])
+    return preferences, counts | {"preferences": len(preferences)}
+
+
 def read_preferences(artifact: Artifact) -> list[Preference]:
     """The preferences, in the order of the prompts."""
     return [Preference.from_row(row) for row in read_jsonl(artifact.path / PREFERENCES)]
+
+
+def read_ties(artifact: Artifact) -> list[Preference]:
+    """Pairs that the critic found equal, with p_chosen = 1/2: nothing for DPO, but a reward model can learn from them.
+    None for labels that were written before ties were kept."""
+    path = artifact.path / TIES
+    return [Preference.from_row(row) for row in read_jsonl(path)] if path.exists() else []
 
 
 def judge(ctx: Context, spec: CriticSpec, comparisons: list[Comparison]) -> list[Judgement]:

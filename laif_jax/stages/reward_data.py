@@ -79,7 +79,9 @@ def read_pairs(pairs: Sequence[Artifact] | PairsSpec, spec: RewardSpec, seed: in
         tests = {name: load_pairs(source, pairs.root, seed) for name, source in pairs.tests.items()}
         given = load_pairs(pairs.train, pairs.root, seed)
     else:
-        given = from_preferences(row for labels in pairs for row in label.read_preferences(labels))
+        given = from_preferences(
+            row for labels in pairs for row in (*label.read_preferences(labels), *label.read_ties(labels))
+        )
     tested = {pair.prompt.id for rows in tests.values() for pair in rows}
     kept = without_prompts(given, tested)
     left, held_out = split_by_prompt(kept, spec.held_out, seed)

@@ -101,6 +101,8 @@ def test_several_labels_are_averaged_and_ties_and_probabilities_are_read(ctx, as
     assert p[rows[1]["prompt"]] == pytest.approx(0.8)
     assert p[rows[2]["prompt"]] == pytest.approx(2 / 3)
     assert rows[3]["prompt"] not in p  # one against one
+    ties = {tie.prompt.instruction: tie.p_chosen for tie in label.read_ties(made)}
+    assert ties == {rows[0]["prompt"]: 0.5, rows[3]["prompt"]: 0.5}
     assert (made.metrics["tie"], made.metrics["labels"], made.metrics["duplicates"]) == (2, 22, 3)
     single = list(read_jsonl(made.path / "single_order_judgements.jsonl.gz"))
     assert len(single) == 22

@@ -170,6 +170,19 @@ def test_labels_of_several_rounds_and_an_ensemble(folder, tmp_path) -> None:
     assert not np.array_equal(score[0], score[1])
 
 
+def test_ties_of_a_critic_reach_the_reward_model(folder, tmp_path) -> None:
+    rows = [row | {"p_b": 0.9} for row in tiny_reward.make_pairs("ties", 20)]
+    labels = labels_of(tmp_path, "labels", rows, "labels")
+    made = list(read_jsonl(labels.path / "preferences.jsonl.gz"))
+    write_jsonl(labels.path / "preferences.jsonl.gz", made[:15])
+    write_jsonl(labels.path / "ties.jsonl.gz", [row | {"p_chosen": 0.5} for row in made[15:]])
+    half = context(folder, tmp_path).config.reward.model_copy(update={"held_out": 0.0})
+    assert sum(pair.p_b == 0.5 for pair in read_pairs([labels], half, 0).train) == 5
+    dropped = read_pairs([labels], half.model_copy(update={"ties": "drop"}), 0)
+    assert len(dropped.train) == 15
+    assert dropped.counts["ties_dropped"] == 5
+
+
 def test_prompts_of_a_test_set_are_not_trained_on(folder, tmp_path) -> None:
     ctx = context(folder, tmp_path)
     leak = list(read_jsonl(folder / "short.jsonl"))[:4]
