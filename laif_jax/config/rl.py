@@ -1,6 +1,6 @@
 """Schemas of reward models, reinforcement learning, and feedback that goes on."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -73,6 +73,12 @@ class RewardSpec(TrainSpec):
         if self.members == 1:
             unused["bootstrap"] = ("`members: 1`", "an ensemble, `members` above 1")
         return unused
+
+    def resolved(self) -> dict[str, Any]:
+        values = super().resolved()
+        if self.learning_rates:  # the sweep's stand in place of the optimiser's one
+            del values["optimizer"]["learning_rate"]
+        return values
 
 
 class RewardSource(Spec):
