@@ -37,6 +37,16 @@ def _check_options(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+def _check_variable(name: str) -> str:
+    """A variable's name, so that a key that was written here by mistake is not kept. (It is not shown either.)"""
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError(
+            "give the *name* of an environment variable (letters, digits and _), not the key itself"
+        )
+    return name
+
+
+VariableName = Annotated[str, AfterValidator(_check_variable)]
 Options = Annotated[dict[str, Any], AfterValidator(_check_options)]
 
 
@@ -52,6 +62,8 @@ class SimulatedSpec(Spec):
       accuracy: of a critic: probability that it names the better response when the two differ.
       sharpness: of a critic that gives log-probs: how far its probability is from 1/2 (logit of its verdict).
       tie_rate, position_bias (logit towards the first shown), length_bias (logit per unit of relative length).
+      noise: standard deviation of what is added to the logit of each verdict that is sampled (temperature above 0).
+      gullibility: chance that a response which holds one of the shipped injections wins by it.
       failure_rate, rate_limit_rate, refusal_rate, garbage_rate, empty_rate: chances of that misbehaviour per attempt.
       timeout_rate, truncated_rate, malformed_rate: chances per attempt that no answer comes in time, that its body
         breaks off, or that it is JSON of another shape.
@@ -69,6 +81,8 @@ class SimulatedSpec(Spec):
     tie_rate: Fraction = 0.0
     position_bias: float = 0.0
     length_bias: float = 0.0
+    noise: float = Field(default=0.0, ge=0)
+    gullibility: Fraction = 0.0
     failure_rate: Fraction = 0.0
     rate_limit_rate: Fraction = 0.0
     refusal_rate: Fraction = 0.0
@@ -122,7 +136,7 @@ class EndpointSpec(Spec):
     provider: Literal["openai", "anthropic", "google", "simulated", "llama_cpp", "checkpoint"]
     model: str = "default"
     base_url: str | None = None
-    api_key_env: str | None = None
+    api_key_env: VariableName | None = None
     api_key_file: str | None = None
     project: str | None = None
     location: str | None = None
@@ -243,29 +257,89 @@ class TeacherSpec(Spec):
         return dict.fromkeys(("system", "temperature", "max_tokens"), ("`completions`", "`endpoint`"))
 
 
-class CriticSpec(Spec):
-    """Who compares two responses. `critic`: the name of a critic data file (prompt, parser, options), or a path.
-    `order`: "both" orders averaged, or one "seeded" order per comparison."""
+class VoiceSpec(Spec):
+    """One critic and who is asked.
+
+    Attributes:
+      critic: the name of a critic data file (prompt, parser, options), or a path.
+      order: "both" orders averaged, or one "seeded" order per comparison.
+      samples, shots, temperature, clamp, invert, delimiters: instead of the critic's own (see its `critic.yaml`);
+        `temperature` is that of the rationale where the critic asks for one.
+      principles: a file of principles instead of the critic's own.
+    """
 
     endpoint: str
     critic: str = "laif_basic"
     order: Literal["both", "seeded"] = "both"
+    samples: Positive | None = None
+    shots: int | None = Field(default=None, ge=0)
+    temperature: float | None = Field(default=None, ge=0)
+    clamp: tuple[float, float] | None = None
+    invert: bool | None = None
+    delimiters: bool | None = None
+    principles: str | None = None
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What is set instead of the critic's own."""
+        names = ("samples", "shots", "temperature", "clamp", "invert", "delimiters", "principles")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def resolved(self) -> dict[str, Any]:
+        # Options that are not set are left out: what was made before they existed keeps its key.
+        return {
+            name: value
+            for name, value in super().resolved().items()
+            if name in ("endpoint", "critic", "order") or value not in (None, [])
+        }
+
+
+class StrongSpec(VoiceSpec):
+    """The second tier. `below`: it is asked where the first tier's |p_b - 1/2| is below this, or gave no label."""
+
+    below: float = Field(default=0.2, gt=0, le=0.5)
+
+
+class CriticSpec(VoiceSpec):
+    """Who compares two responses.
+
+    Attributes:
+      ensemble: further critics; the label is the mean of all their probabilities.
+      strong: a second, stronger critic that is asked only where the first one (or the ensemble) is not sure.
+    """
+
+    ensemble: tuple[VoiceSpec, ...] = ()
+    strong: StrongSpec | None = None
+
+    @property
+    def voices(self) -> tuple[VoiceSpec, ...]:
+        """All critics that are asked: this one, the rest of the ensemble, the strong one."""
+        return (self, *self.ensemble, *((self.strong,) if self.strong else ()))
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one critic only."""
+        return len(self.voices) == 1
 
 
 class LabelingSpec(Spec):
     """The labelling service. `url`: None: `laif run` starts one for the study, with its store at `store`.
 
     Attributes:
+      token_env: the *name* of the environment variable that holds the token of the service at `url`.
       min_coverage: least share of the items that must be answered; with fewer a stage ends, and keeps what came.
       max_wait: seconds that a stage waits, beyond each call's own attempts, for an endpoint that is down to come back,
         counted from its last answer, before it ends so.
     """
 
     url: str | None = None
+    token_env: VariableName | None = None
     store: str | None = None
     poll: float = Field(default=0.2, gt=0)
     min_coverage: Fraction = 0.9
     max_wait: float = Field(default=300.0, ge=0)
 
     def unused(self) -> dict[str, tuple[str, str]]:
-        return {} if self.url is None else {"store": ("`url`", "a service that `laif run` starts")}
+        if self.url is None:
+            return {"token_env": ("no `url`", "`url`, the address of a service that has a token")}
+        return {"store": ("`url`", "a service that `laif run` starts")}

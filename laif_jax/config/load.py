@@ -14,7 +14,7 @@ import pydantic
 import yaml
 from etils import epath
 
-from laif_jax.config.schema import ArmSpec, PpoConfig, RewardConfig, RunConfig, StudyConfig
+from laif_jax.config.schema import ArmSpec, CriticSpec, PpoConfig, RewardConfig, RunConfig, StudyConfig
 from laif_jax.records.errors import LaifError
 
 
@@ -262,7 +262,7 @@ def _known(key: str, name: str, known: Iterable[str], kind: str) -> Iterable[str
 def _problems(config: RunConfig) -> Iterable[str]:
     """What no single section can see: names that point to nothing, sections that are missing or have no effect."""
     for name, critic in config.critics.items():
-        yield from _known(f"critics.{name}.endpoint", critic.endpoint, config.endpoints, "endpoint")
+        yield from _voices(f"critics.{name}", critic, config.endpoints)
     if isinstance(config, StudyConfig):
         yield from _study_problems(config)
         yield from _arm_problems(config)
@@ -279,6 +279,15 @@ def _problems(config: RunConfig) -> Iterable[str]:
         yield from _symbols_problems(config)
 
 
+def _voices(key: str, critic: CriticSpec, endpoints: Iterable[str]) -> Iterable[str]:
+    """The endpoints of all critics that are asked for one label."""
+    yield from _known(f"{key}.endpoint", critic.endpoint, endpoints, "endpoint")
+    for number, voice in enumerate(critic.ensemble):
+        yield from _known(f"{key}.ensemble.{number}.endpoint", voice.endpoint, endpoints, "endpoint")
+    if critic.strong:
+        yield from _known(f"{key}.strong.endpoint", critic.strong.endpoint, endpoints, "endpoint")
+
+
 def _symbols_problems(config: "PpoConfig | StudyConfig") -> Iterable[str]:
     symbols = "symbols" in (config.data.train.kind, config.data.eval.kind)
     if symbols and config.data.symbols is None:
@@ -291,8 +300,7 @@ def _study_problems(config: StudyConfig) -> Iterable[str]:
     for name, teacher in config.teachers.items():
         if teacher.endpoint:
             yield from _known(f"teachers.{name}.endpoint", teacher.endpoint, config.endpoints, "endpoint")
-    judge = config.evaluation.judge
-    yield from _known("evaluation.judge.endpoint", judge.endpoint, config.endpoints, "endpoint")
+    yield from _voices("evaluation.judge", config.evaluation.judge, config.endpoints)
     yield from _known("evaluation.reference", config.evaluation.reference, config.teachers, "teacher")
     names = [arm.name for arm in expand_arms(config)]
     for index, question in enumerate(config.questions):

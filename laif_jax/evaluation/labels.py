@@ -21,6 +21,7 @@ def label_summary(judgements: Sequence[Judgement], single: Iterable[Judgement] =
       mean_margin: mean |p_b - 1/2| of those. hard: share of them with |p_b - 1/2| > 0.45.
       swap_pairs: comparisons judged in both orders. swap_consistency: share of them in which both orders named the
         same side (or both a tie). first_shown_wins: share of decided single-order verdicts for the answer shown first.
+      mean_outside: mean probability that log-prob answers left to anything but the two options.
       cost: US dollars, summed over what is known.
     """
     judgements = list(judgements)
@@ -50,6 +51,7 @@ def label_summary(judgements: Sequence[Judgement], single: Iterable[Judgement] =
         "swap_pairs": len(swapped),
         "swap_consistency": _mean(swapped),
         "first_shown_wins": _mean(first),
+        "mean_outside": _mean([j.meta["outside"] for j in judgements if "outside" in j.meta]),
         "cost": float(sum(costs)) if costs else None,
     }
 

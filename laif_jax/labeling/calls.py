@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from laif_jax.config.endpoints import Options
 from laif_jax.config.schema import EndpointSpec, SimulatedSpec
 from laif_jax.labeling.errors import EndpointError
+from laif_jax.labeling.listwise import ListwiseParser
 from laif_jax.labeling.parsers import Parser
 from laif_jax.labeling.rating import RatingParser
 from laif_jax.labeling.wires import WIRES
@@ -43,7 +44,7 @@ SERVICES = {
     "google": "https://generativelanguage.googleapis.com",
 }
 # Settings of simulated endpoints that came after the first release.
-_SINCE = ("timeout_rate", "truncated_rate", "malformed_rate", "drift")
+_SINCE = ("timeout_rate", "truncated_rate", "malformed_rate", "drift", "noise", "gullibility")
 VERTEX = "https://aiplatform.googleapis.com"
 
 
@@ -177,16 +178,23 @@ class Truth:
     Attributes:
       instruction: the prompt's last user turn.
       first, second: the responses in the order shown: two of a comparison, `first` of a rating, none of a completion.
-      quality: their planted qualities (first, second), for the world "planted".
+      texts: the responses in the order shown, of a ranking.
+      quality: their planted qualities, in that order, for the world "planted".
+      task: what is asked for where it is not a completion, a plain verdict or a rating: "rationale", "verdict" (on the
+        rationale in the messages), "listwise" (a ranking), "critique" or "revision" (of `first`).
+      invert: the worse response is asked for.
       parser: writes a verdict or a rating in the format that the critic asks for; `format_id` names it in the key.
     """
 
     instruction: str
     first: str | None = None
     second: str | None = None
-    quality: tuple[float | None, float | None] = (None, None)
-    parser: Parser | RatingParser | None = None
+    quality: tuple[float | None, ...] = (None, None)
+    parser: Parser | RatingParser | ListwiseParser | None = None
     format_id: str = ""
+    texts: tuple[str, ...] = ()
+    task: Literal["", "rationale", "verdict", "listwise", "critique", "revision"] = ""
+    invert: bool = False
 
 
 _LIMITS = ("max_tokens", "max_completion_tokens", "maxOutputTokens")

@@ -121,7 +121,8 @@ class LabelClient:
           CriticError: no such critic. LabelServiceError: see `complete`.
         """
         critic = critic if isinstance(critic, Critic) else load_critic(critic)
-        critic.require("comparison")
+        if not critic.judges:
+            critic.require("comparison")
         job = JudgeJob(
             endpoint=_endpoint(endpoint),
             critic=critic,

@@ -1,5 +1,6 @@
 """Garbage: what no job lists any more. Answers were paid for, so they go only when asked for by name."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,10 +106,15 @@ def _collect(connection: Connection, jobs: Sequence[str], answers: bool) -> Garb
 
 
 def _read_requests(connection: Connection) -> set[str]:
-    """Keys of the requests that kept results were read from."""
+    """Keys of the requests that kept results were read from: `meta.request`, or `meta.requests` where several were."""
     record = schema.results.c.record
     if connection.dialect.name == "sqlite":
         request = sa.func.json_extract(record, "$.meta.request")
+        requests = sa.func.json_extract(record, "$.meta.requests")
     else:
-        request = sa.cast(record, sa.JSON)["meta"]["request"].as_string()
-    return set(connection.execute(sa.select(request)).scalars()) - {None}
+        meta = sa.cast(record, sa.JSON)["meta"]
+        request, requests = meta["request"].as_string(), meta["requests"].as_string()
+    found = set(connection.execute(sa.select(request)).scalars()) - {None}
+    for keys in connection.execute(sa.select(requests).where(requests.is_not(None))).scalars():
+        found.update(json.loads(keys))
+    return found

@@ -10,6 +10,7 @@ from laif_jax.labeling.complete import CompleteWork
 from laif_jax.labeling.critic import Critic, load_critic, shipped_critics
 from laif_jax.labeling.errors import CriticError
 from laif_jax.labeling.judge import JudgeWork
+from laif_jax.labeling.judge_lists import ListJudgeWork
 from laif_jax.labeling.rate import RateWork
 from laif_jax.labeling.store import Row
 from laif_jax.labeling.work import Work
@@ -78,6 +79,8 @@ class JudgeJob(_PaidJob):
 
     def work(self) -> Work:
         critic = _critic(self.critic)
+        if critic.kind == "listwise":
+            return ListJudgeWork(self.endpoint, critic, self.comparisons, self.order, self.seed)
         critic.require("comparison")
         return JudgeWork(self.endpoint, critic, self.comparisons, self.order, self.seed)
 

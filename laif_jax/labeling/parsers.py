@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from laif_jax.labeling.answers import Answer, Rendered
 from laif_jax.labeling.errors import CriticError
+from laif_jax.labeling.listwise import ListwiseOptions, ListwiseParser
 from laif_jax.labeling.rating import RatingOptions, RatingParser
 from laif_jax.records import Status
 
@@ -302,18 +303,19 @@ def _json_objects(text: str) -> Iterator[dict[str, Any]]:
 
 # ---- registry --------------------------------------------------------------------------------------------------
 
-RATING = "rating"
+RATING, LISTWISE = "rating", "listwise"
 PARSERS: dict[str, tuple[type[BaseModel], Any]] = {
     "ab_logprob": (LogprobOptions, LogprobParser),
     "regex": (RegexOptions, RegexParser),
     "ranking": (RankingOptions, RankingParser),
     "json": (JsonOptions, JsonParser),
     RATING: (RatingOptions, RatingParser),
+    LISTWISE: (ListwiseOptions, ListwiseParser),
 }
 
 
 def make_parser(name: str, options: dict[str, Any]) -> Any:
-    """The parser of that name: of comparisons, or `RatingParser`.
+    """The parser of that name: of comparisons, `RatingParser` or `ListwiseParser`.
 
     Raises:
       CriticError: unknown parser, or options that it does not have.

@@ -31,6 +31,7 @@ class _Item:
     calls: list[Call]
     outcomes: list[Outcome | None]
     missing: int
+    before: list[Outcome] = field(default_factory=list)  # of earlier stages
     dropped: bool = False  # looked at again later, from the store
 
 
@@ -79,6 +80,10 @@ class JobRun:
         self._error: BaseException | None = None
         self._stopped = self._left = False
         self._later: list[int] = []
+        # Of work whose calls depend on earlier answers: items whose next stage can be asked, and what they know so far.
+        self._staged = getattr(work, "stages", 1) > 1
+        self._ready: list[int] = []
+        self._known: dict[int, list[Outcome]] = {}
         self._queue: asyncio.Queue[_Asked | None] = asyncio.Queue()
         self._moved = asyncio.Event()  # the queue runs low, or something that is waited for is answered
         self._low = party.provider.width // 2
@@ -192,7 +197,7 @@ class JobRun:
     async def _work_off(self) -> None:
         width = self.party.provider.width
         async with asyncio.TaskGroup() as group:
-            workers = min(width, max(1, 2 * len(self.work)))
+            workers = min(width, max(1, getattr(self.work, "most_calls", 2) * len(self.work)))
             for _ in range(workers):
                 group.create_task(self._worker())
             await self._all_windows(width)
@@ -202,18 +207,35 @@ class JobRun:
     async def _all_windows(self, width: int) -> None:
         for start in range(0, len(self.work), WINDOW):
             await self._window(range(start, min(start + WINDOW, len(self.work))), width)
+            await self._next_stages(width)
             if self._over:
                 return
         delay = POLL[0]
-        while self._later and not self._over:
-            later, self._later = sorted(set(self._later)), []
-            for start in range(0, len(later), WINDOW):
-                await self._window(later[start : start + WINDOW], width)
+        while not self._over:
+            await self._next_stages(width)
             if self._later:
-                delay = POLL[0] if len(self._later) < len(later) else min(2 * delay, POLL[1])
-                self._hungry = True
-                await self._wait(delay)
-                self._hungry = False
+                later, self._later = sorted(set(self._later)), []
+                for start in range(0, len(later), WINDOW):
+                    await self._window(later[start : start + WINDOW], width)
+                if self._later:
+                    delay = POLL[0] if len(self._later) < len(later) else min(2 * delay, POLL[1])
+                    await self._wait_hungry(delay)
+            elif self._staged and self._asking:  # an answer under way may lead to another stage
+                await self._wait_hungry(1.0)
+            elif not self._ready:
+                return
+
+    async def _next_stages(self, width: int) -> None:
+        """Asks what follows from the answers that are here, so that no item waits for all others' first stage."""
+        while self._ready and not self._over:
+            ready, self._ready = sorted(set(self._ready)), []
+            for start in range(0, len(ready), WINDOW):
+                await self._window(ready[start : start + WINDOW], width)
+
+    async def _wait_hungry(self, seconds: float) -> None:
+        self._hungry = True
+        await self._wait(seconds)
+        self._hungry = False
 
     @property
     def _over(self) -> bool:
@@ -232,11 +254,14 @@ class JobRun:
         if self.shared:
             span = range(positions[0], positions[-1] + 1)
             done = await asyncio.to_thread(self.store.finished, self.id, self.run_number, span)
+            for position in done:
+                self._known.pop(position, None)
             positions = [position for position in positions if position not in done]
         asked: dict[str, _Asked] = {}
         for number, position in enumerate(positions):
-            calls = self.work.calls(position)
-            item = _Item(position, calls, [None] * len(calls), len(calls))
+            before = self._known.get(position, [])
+            calls = self._further(position, before) if before else self.work.calls(position)
+            item = _Item(position, calls, [None] * len(calls), len(calls), before)
             for slot, call in enumerate(calls):
                 asked.setdefault(call.key, _Asked(call)).slots.append((item, slot))
             if not calls:
@@ -314,9 +339,7 @@ class JobRun:
         if idle and self._state != "out_of_budget":
             log.warning("job %s is out of budget; it goes on when the budget is raised", self.id)
             await self._change("out_of_budget")
-        self._hungry = True
-        await self._wait(0.25)
-        self._hungry = False
+        await self._wait_hungry(0.25)
 
     async def _change(self, state: str) -> None:
         await asyncio.wrap_future(self.store.set_job_state(self.id, self.run_number, state))
@@ -349,8 +372,17 @@ class JobRun:
             if item.missing == 0 and not item.dropped:
                 self._finish(item)
 
+    def _further(self, position: int, outcomes: Sequence[Outcome]) -> list[Call]:
+        return self.work.further(position, outcomes) if self._staged else []  # ty: ignore[missing-attribute]
+
     def _finish(self, item: _Item) -> None:
-        results = self.work.results(item.position, [o for o in item.outcomes if o is not None])
+        outcomes = item.before + [outcome for outcome in item.outcomes if outcome is not None]
+        if self._further(item.position, outcomes):
+            self._known[item.position] = outcomes
+            self._ready.append(item.position)
+            return
+        self._known.pop(item.position, None)
+        results = self.work.results(item.position, outcomes)
         date, status = now(), results[0].status
         rows: dict[str, Row] = {}  # two parts may be one and the same result
         for result in results:

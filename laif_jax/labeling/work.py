@@ -42,3 +42,19 @@ class Work(Protocol):
     def results(self, position: int, outcomes: Sequence[Outcome]) -> list[Result]:
         """The results of an item, given one outcome per call, in order."""
         ...
+
+
+class StagedWork(Work, Protocol):
+    """Work some of whose calls depend on earlier answers (a verdict on a rationale, the revision of a revision).
+
+    Each stage's answers are in the store before the next is asked, so a run that was killed pays for none twice.
+
+    Attributes:
+      stages: how many stages an item has at most; `Work` without it has one.
+    """
+
+    stages: int
+
+    def further(self, position: int, outcomes: Sequence[Outcome]) -> list[Call]:
+        """The calls of the next stage, given the outcomes of all calls so far; none if the item is complete."""
+        ...

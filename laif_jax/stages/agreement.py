@@ -10,7 +10,6 @@ from laif_jax.records import Comparison, Completion, Prompt, Status, file_sha256
 from laif_jax.stages import label
 from laif_jax.stages.artifact import Artifact, StageError, run_stage
 from laif_jax.stages.context import StudyContext
-from laif_jax.stages.usage import usage_of
 
 
 def run(ctx: StudyContext) -> Artifact:
@@ -48,7 +47,7 @@ def run(ctx: StudyContext) -> Artifact:
         )
         return {
             "by_source": [result.to_dict() for result in results],
-            "usage": usage_of(judgements, ctx.config.endpoints[evaluation.judge.endpoint]),
+            "usage": label.panel_usage(ctx, evaluation.judge, judgements),
         }
 
     return run_stage("agreement", settings, {}, ctx.root, work, main_only=True)

@@ -14,7 +14,6 @@ from laif_jax.stages import label, sample, teach
 from laif_jax.stages import prompts as prompts_stage
 from laif_jax.stages.artifact import Artifact, run_stage
 from laif_jax.stages.context import StudyContext
-from laif_jax.stages.usage import usage_of
 from laif_jax.worlds import symbols
 
 VERDICTS = "verdicts.jsonl.gz"
@@ -59,7 +58,7 @@ def run(ctx: StudyContext, prompts: Artifact, samples: Artifact, references: Art
         )
         return {
             **metrics.to_dict(),
-            "usage": usage_of(judgements, ctx.config.endpoints[judge.endpoint]),
+            "usage": label.panel_usage(ctx, judge, judgements),
             "mean_length": mean_length(texts),
             "reference_mean_length": mean_length([a for a, _ in pairs]),
             "longest_wins": longest_wins_rate([a for a, _ in pairs], [b for _, b in pairs]).win_rate,

@@ -91,6 +91,9 @@ class CriticReward:
             raise StageError(f"critics.{source.critic}: {problem}")
 
     def _problem(self) -> str:
+        if self._spec.changes or not self._spec.alone:
+            names = [*self._spec.changes, *(n for n in ("ensemble", "strong") if getattr(self._spec, n))]
+            return f"{', '.join(names)}: has no effect on a critic that rates; remove it"
         try:
             load_critic(self._spec.critic).require("rating")
         except LabelError as error:

@@ -24,11 +24,16 @@ def spend_of(artifacts: Iterable[Artifact], endpoint: EndpointSpec | None) -> Sp
         bound); None: people, who are paid elsewhere. An endpoint on our own machine costs nothing unless it has prices.
     """
     comparisons, prompt, completion = 0, 0.0, 0.0
+    several: float | None = 0.0  # of stages that asked several critics, each with its own prices
     for artifact in artifacts:
         usage = artifact.metrics["usage"]
         comparisons += artifact.metrics["comparisons"]
+        if usage.get("priced"):
+            several = None if several is None or usage["cost"] is None else several + usage["cost"]
+            continue
         prompt, completion = prompt + usage["prompt_tokens"], completion + usage["completion_tokens"]
-    return Spend(comparisons=comparisons, cost=_cost(endpoint, prompt, completion))
+    cost = _cost(endpoint, prompt, completion)
+    return Spend(comparisons=comparisons, cost=None if cost is None or several is None else cost + several)
 
 
 def _cost(endpoint: EndpointSpec | None, prompt: float, completion: float) -> float | None:

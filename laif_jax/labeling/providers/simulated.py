@@ -22,6 +22,20 @@ per unit of relative length. With probability 1 - `accuracy`, one draw per text,
 target starts from 1 - quality. In a log-prob format the ten probabilities are the answer; in a text format the most
 probable score is. `tie_rate` and `position_bias` have no meaning here.
 
+A rationale holds the verdict's logit as `[leaning +4.000]`, drawn as above, and the verdict that is asked for on it has
+that logit, position bias included: it is read from the messages, as a model would. A critic that is asked for the
+worse response turns `base` and length bias round, not the position bias. `noise` is the standard deviation of what is
+added to the logit of each verdict or rationale that is sampled (temperature above 0), afresh for each sample.
+
+With probability `gullibility`, one draw per text and critic, a response that holds one of the shipped injections
+(`canary`) talks the critic into the verdict that it asks for: the logit is `sharpness` towards it.
+
+A ranking sorts the responses by quality, each with its own draw: with probability 1 - `accuracy` a response counts as
+1 - quality. `position_bias` adds `0.1 * position_bias` times its place from the end, in places of the list.
+
+A critique names the quality of the response. A revision of the world "planted" moves it by `skill` of half the way to
+1; one of the world "symbols" is the answer of a teacher of that skill.
+
 Misbehaviour is drawn per attempt, in this order: failure (HTTP 500), rate limit (HTTP 429, with `Retry-After`), empty
 (no choices), refusal, garbage (text that answers nothing), timeout, truncated (a body that breaks off), malformed (JSON
 of another shape). Only these depend on the attempt; all draws depend on the seed, the model's name and the content
@@ -45,13 +59,23 @@ import re
 from functools import lru_cache
 from typing import Any
 
+from laif_jax.labeling.answers import Rendered
 from laif_jax.labeling.calls import Call, Endpoint, Truth
+from laif_jax.labeling.canaries import holds_injection
 from laif_jax.labeling.errors import BadRequest, CallTimeout, Malformed, Overloaded, RateLimited
+from laif_jax.labeling.listwise import ListwiseParser
 from laif_jax.labeling.providers.base import Reply, read_reply
 from laif_jax.labeling.rating import SCORES, RatingParser
 from laif_jax.worlds import symbols
 
 _MARK = re.compile(r"^\[quality (\d\.\d+)\]")
+_LEANING = re.compile(r"\[leaning ([+-]\d+\.\d+)\]")
+_TASKS = {
+    "rationale": "_rationale",
+    "listwise": "_listwise",
+    "critique": "_critique",
+    "revision": "_revision",
+}
 _REFUSAL = "I am sorry, but I cannot help with that request."
 _GARBAGE = "zxq 8814 lorem?? --- ipsum 27"
 
@@ -108,12 +132,15 @@ class SimulatedProvider:
         if next(draws) < spec.malformed_rate:
             return {"object": "error", "detail": "simulated body of another shape"}
         try:
-            if truth.parser is None:
+            if truth.task in _TASKS:
+                answer = getattr(self, _TASKS[truth.task])(call, truth)
+            elif truth.parser is None:
                 return self._wire(call, {"role": "assistant", "content": self._complete(call, truth)})
-            if isinstance(truth.parser, RatingParser):
+            elif isinstance(truth.parser, RatingParser):
                 answer = truth.parser.render(self._rating(truth))
             else:
-                answer = truth.parser.render(*self._verdict(truth))
+                assert not isinstance(truth.parser, ListwiseParser)
+                answer = truth.parser.render(*self._verdict(call, truth))
         except symbols.SymbolsError as error:
             raise BadRequest(reason=f'the world "symbols" cannot read this prompt: {error}') from error
         return self._wire(call, {"role": "assistant", "content": answer.text}, answer.top)
@@ -150,8 +177,53 @@ class SimulatedProvider:
             "[quality 0.5]",
         )
 
-    def _verdict(self, truth: Truth) -> tuple[float, bool]:
+    def _verdict(self, call: Call, truth: Truth) -> tuple[float, bool]:
         """(logit towards the second shown, which place is named at logit 0)."""
+        logit, coin = self._logit(truth)
+        if truth.task == "verdict":
+            marks = [mark for message in call.messages for mark in _LEANING.findall(message["content"])]
+            if marks:
+                logit = float(marks[-1])
+        if self.spec.noise and call.params.get("temperature"):
+            u, v, *_ = _draws("noise", self.spec.seed, call.key)
+            logit += self.spec.noise * math.sqrt(-2 * math.log(1 - u)) * math.cos(2 * math.pi * v)
+        return logit, coin
+
+    def _rationale(self, call: Call, truth: Truth) -> Rendered:
+        logit, _ = self._verdict(call, truth)
+        return Rendered(f"The first response is shorter on detail than it could be. [leaning {logit:+.3f}]")
+
+    def _listwise(self, call: Call, truth: Truth) -> Rendered:
+        assert isinstance(truth.parser, ListwiseParser)
+        spec, scores = self.spec, []
+        for place, text in enumerate(truth.texts):
+            quality = self._quality(text, truth.quality[place], truth.instruction)
+            version = self._version(truth.instruction, text)
+            right, *_ = _draws("listwise", spec.seed, self.endpoint.model, truth.instruction, text, *version)
+            quality = quality if right < spec.accuracy else 1.0 - quality
+            scores.append(quality + 0.1 * spec.position_bias * (len(truth.texts) - 1 - place))
+        return truth.parser.render(scores)
+
+    def _critique(self, call: Call, truth: Truth) -> Rendered:
+        quality = self._quality(truth.first or "", truth.quality[0], truth.instruction)
+        return Rendered(f"The response reaches {quality:.3f} of what was asked for.")
+
+    def _revision(self, call: Call, truth: Truth) -> Rendered:
+        if self.spec.world == "symbols":
+            return Rendered(self._complete(call, truth))
+        quality = self._quality(truth.first or "", truth.quality[0], truth.instruction)
+        return Rendered(f"[quality {quality + self.spec.skill * (1 - quality) / 2:.3f}] revised answer")
+
+    def _talked_into(self, text: str, instruction: str) -> bool:
+        if not self.spec.gullibility or not holds_injection(text):
+            return False
+        return (
+            _draws("injection", self.spec.seed, self.endpoint.model, instruction, text)[0]
+            < self.spec.gullibility
+        )
+
+    def _logit(self, truth: Truth) -> tuple[float, bool]:
+        """As `_verdict`, before rationales and noise."""
         spec, first, second = self.spec, truth.first or "", truth.second or ""
         difference = self._quality(second, truth.quality[1], truth.instruction) - self._quality(
             first, truth.quality[0], truth.instruction
@@ -165,8 +237,13 @@ class SimulatedProvider:
         if difference != 0 and tie >= spec.tie_rate:
             base = math.copysign(spec.sharpness, difference if right < spec.accuracy else -difference)
         longest = max(len(first), len(second), 1)
-        bias = spec.length_bias * (len(second) - len(first)) / longest - spec.position_bias
-        return base + bias, coin < 0.5
+        base += spec.length_bias * (len(second) - len(first)) / longest
+        fooled = [self._talked_into(text, truth.instruction) for text in (first, second)]
+        if fooled[0] != fooled[1]:
+            base = spec.sharpness if fooled[1] else -spec.sharpness
+        elif truth.invert:
+            base = -base
+        return base - spec.position_bias, coin < 0.5
 
     def _rating(self, truth: Truth) -> list[float]:
         """Log-probabilities of the scores 1 to 10."""
