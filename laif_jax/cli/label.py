@@ -114,6 +114,27 @@ def _budget(options: argparse.Namespace) -> int:
     return 0
 
 
+def add_access(parser: argparse.ArgumentParser) -> None:
+    """The options of who may use a service. As in `labeling.access`, which takes seconds to import."""
+    parser.add_argument(
+        "--token-env",
+        default="LAIF_LABEL_TOKEN",
+        metavar="NAME",
+        help="the environment variable that holds the token which requests must carry (default: LAIF_LABEL_TOKEN)",
+    )
+    parser.add_argument("--token-file", metavar="FILE", help="a file of mode 600 that holds the token alone")
+    parser.add_argument(
+        "--max-body", type=float, default=256.0, metavar="MIB", help="largest request (default: 256)"
+    )
+    parser.add_argument(
+        "--max-rate",
+        type=float,
+        default=200.0,
+        metavar="N",
+        help="requests per second of one address (default: 200)",
+    )
+
+
 def add_verbs(verb: Verb, to: argparse._SubParsersAction) -> None:
     """Adds the verbs below `laif label`."""
 

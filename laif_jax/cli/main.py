@@ -110,9 +110,19 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _serve_labels(options: argparse.Namespace) -> int:
+    from laif_jax.labeling.access import limits_of, read_token
+    from laif_jax.labeling.logs import set_up
     from laif_jax.labeling.service import serve_labels
 
-    serve_labels(options.host, options.port, options.store, budget=options.budget)
+    set_up(options.log, logging.DEBUG if options.verbose else logging.INFO)
+    serve_labels(
+        options.host,
+        options.port,
+        options.store,
+        budget=options.budget,
+        token=read_token(options.token_env, options.token_file),
+        limits=limits_of(options),
+    )
     return 0
 
 
@@ -192,8 +202,14 @@ def _parser() -> argparse.ArgumentParser:
     labels = verb("labels", _serve_labels, "the labelling service (no JAX in it)", serve)
     labels.add_argument("--host", default="127.0.0.1")
     labels.add_argument("--port", type=int, default=8080)
-    labels.add_argument("--store", default="labels", help="its folder, or postgresql://user@host:port/database")
-    labels.add_argument("--budget", help="a hard cap on what all calls cost, for example 25USD; none lifts it")
+    labels.add_argument(
+        "--store", default="labels", help="its folder, or postgresql://user@host:port/database"
+    )
+    labels.add_argument(
+        "--budget", help="a hard cap on what all calls cost, for example 25USD; none lifts it"
+    )
+    labels.add_argument("--log", choices=("text", "json"), default="text", help="format of the log")
+    label.add_access(labels)
     model = verb("model", _serve_model, "one of our checkpoints over the OpenAI chat protocol", serve)
     model.add_argument("checkpoint", help="a folder in Hugging Face layout, a .gguf file or a fetchable name")
     model.add_argument("--host", default="127.0.0.1")

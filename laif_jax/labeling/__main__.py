@@ -4,8 +4,10 @@ import argparse
 import logging
 import sys
 
+from laif_jax.labeling.access import add_access, limits_of, read_token
 from laif_jax.labeling.errors import LabelError
 from laif_jax.labeling.leases import LEASE
+from laif_jax.labeling.logs import set_up
 from laif_jax.labeling.process import end_with_parent
 from laif_jax.labeling.service import serve_labels
 from laif_jax.labeling.worker import work_off
@@ -20,6 +22,7 @@ def main() -> int:
     serve.add_argument("--budget", help="what all calls together may cost: 25USD; none lifts it")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8080, help="0 takes a free one")
+    add_access(serve)
     serve.add_argument("--ready-file", help="gets the address once the service answers")
     serve.add_argument(
         "--patience", type=float, default=0.0, help="seconds to wait for the store's last user"
@@ -35,8 +38,9 @@ def main() -> int:
             default=LEASE,
             help="seconds of silence after which others take over its calls",
         )
+        command.add_argument("--log", choices=("text", "json"), default="text", help="format of the log")
     options = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up(options.log)
     if options.end_with_parent:
         end_with_parent()
     try:
@@ -51,6 +55,8 @@ def main() -> int:
             options.patience,
             options.budget,
             options.lease,
+            token=read_token(options.token_env, options.token_file),
+            limits=limits_of(options),
         )
     except LabelError as error:
         logging.getLogger("laif_jax.labeling").error("%s", error)

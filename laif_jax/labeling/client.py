@@ -15,6 +15,7 @@ from laif_jax.labeling.complete import Failure
 from laif_jax.labeling.critic import Critic, load_critic
 from laif_jax.labeling.errors import LabelServiceError
 from laif_jax.labeling.jobs import CompleteJob, Job, JobStatus, JudgeJob, RateItem, RateJob
+from laif_jax.labeling.keys import Key
 from laif_jax.records import Comparison, Completion, Judgement, Prompt, Rating
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class LabelClient:
     Args:
       poll: seconds between two looks at a running job.
       patience: seconds without an answer from the service, or without space for its store, that are waited out.
+      token: what a service with a token asks for; see `access.read_token`.
       death: says how the service died, "" while it lives; then nobody waits for it (see `LabelService.client`).
     """
 
@@ -42,13 +44,17 @@ class LabelClient:
         poll: float = 0.2,
         patience: float = 30.0,
         death: Callable[[], str] | None = None,
+        token: Key | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         self.last_job = ""
         self._poll, self._patience, self._death = poll, patience, death or (lambda: "")
         # No proxy: the service is on this machine, or on one that the user named.
         self._http = httpx.Client(
-            base_url=self.url, timeout=httpx.Timeout(120.0, connect=5.0), trust_env=False
+            base_url=self.url,
+            timeout=httpx.Timeout(120.0, connect=5.0),
+            trust_env=False,
+            headers={} if token is None else {"Authorization": f"Bearer {token.reveal()}"},
         )
 
     def __enter__(self) -> Self:
@@ -213,8 +219,8 @@ class LabelClient:
             if status.state == "out_of_budget":
                 raise LabelServiceError(
                     f"labelling job {status.id} is out of budget: {status.done} of {status.total} items are done and "
-                    "kept. Raise the budget (`laif label budget AMOUNT --store STORE`); the job then goes on by itself, and "
-                    "running again waits for it"
+                    "kept. Raise the budget (`laif label budget AMOUNT --store STORE`); the job then goes on by "
+                    "itself, and running again waits for it"
                 )
             if status.state == "failed":
                 raise LabelServiceError(f"labelling job {status.id} failed: {status.reason}")
@@ -258,7 +264,11 @@ class LabelClient:
         while True:
             try:
                 response = self._http.request(method, path, **rest)
-                break
+                if response.status_code != 429 or time.monotonic() > end:
+                    break
+                time.sleep(
+                    min(float(response.headers.get("retry-after", 1)), max(0.0, end - time.monotonic()))
+                )
             except httpx.TransportError as error:
                 death = self._death()
                 if death or time.monotonic() > end:
@@ -269,6 +279,11 @@ class LabelClient:
                     ) from error
                 time.sleep(delay)
                 delay = min(2 * delay, 1.0)
+        if response.status_code == 401:
+            raise LabelServiceError(
+                f"labelling service at {self.url}: it asks for a token, and ours is missing or wrong. Set "
+                "`labeling.token_env` to the environment variable that holds it"
+            )
         if response.status_code >= 400 and response.status_code not in accept:
             raise LabelServiceError(
                 f"labelling service at {self.url}: {method} {path} answered {response.status_code}: "

@@ -76,12 +76,23 @@ def read_key(endpoint: _HasKey) -> Key | None:
             )
         return Key(_checked(value, f"the environment variable {endpoint.api_key_env}"))
     if endpoint.api_key_file:
-        return Key(_read_file(endpoint.name, Path(endpoint.api_key_file).expanduser()))
+        return read_key_file(
+            endpoint.api_key_file, f"endpoint {endpoint.name}: the key file", "Correct `api_key_file`"
+        )
     return None
 
 
-def _read_file(name: str, path: Path) -> str:
-    where = f"endpoint {name}: the key file {path}"
+def read_key_file(file_name: str | Path, what: str, remedy: str) -> Key:
+    """The key that stands alone in a file which only its owner can read.
+
+    Args:
+      what, remedy: for messages: what the file is, and what to do if it cannot be read.
+
+    Raises:
+      EndpointError: it is missing, can be read by others, or holds no key.
+    """
+    path = Path(file_name).expanduser()
+    where = f"{what} {path}"
     try:
         # The open file is checked, not the path: it cannot be exchanged in between.
         with path.open("rb") as file:
@@ -95,9 +106,9 @@ def _read_file(name: str, path: Path) -> str:
             content = file.read(LONGEST + 1)
     except OSError as error:
         raise EndpointError(
-            f"{where} cannot be read ({error.strerror}) where the labelling service runs. Correct `api_key_file`"
+            f"{where} cannot be read ({error.strerror}) where the labelling service runs. {remedy}"
         ) from error
-    return _checked(content.decode("utf-8", "replace").strip(), where)
+    return Key(_checked(content.decode("utf-8", "replace").strip(), where))
 
 
 def _checked(value: str, where: str) -> str:

@@ -54,6 +54,11 @@ class Lane:
         self.admission.widen(most)
         self.circuit.limit = max(self.circuit.limit, 2 * most)
 
+    @property
+    def waiting(self) -> int:
+        """Calls that wait for a place."""
+        return sum(len(queue) for queue in self._waiting.values())
+
     async def enter(self, job: str, tokens: int) -> None:
         """Waits for a place; jobs that wait get one each in turn."""
         if not self._waiting and self._free() and self.admission.delay(time.monotonic(), tokens) <= 0:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 from laif_jax.labeling.errors import LabelError
 from laif_jax.labeling.jobs import JobStatus, job_request
+from laif_jax.labeling.metrics import Meters
 from laif_jax.labeling.prices import need_price
 from laif_jax.labeling.run import JobRun
 from laif_jax.labeling.scheduler import Scheduler
@@ -25,9 +26,9 @@ class Runner:
       join: take part in the jobs that other processes on the same store run.
     """
 
-    def __init__(self, store: Store, *, join: bool = False) -> None:
+    def __init__(self, store: Store, *, join: bool = False, meters: Meters | None = None) -> None:
         self.store = store
-        self.scheduler = Scheduler(store)
+        self.scheduler = Scheduler(store, meters)
         self._jobs: dict[str, tuple[JobRun, asyncio.Task[None]]] = {}
         self._ended: dict[str, JobStatus] = {}  # without the items, which are large
         self._refused: dict[str, str] = {}  # jobs of others that cannot be run here, and why
@@ -88,6 +89,11 @@ class Runner:
     def running(self) -> int:
         """How many jobs run."""
         return len(self._jobs)
+
+    @property
+    def running_ids(self) -> list[str]:
+        """The jobs that run in this process."""
+        return list(self._jobs)
 
     # ---- other workers -----------------------------------------------------------------------------------------
 

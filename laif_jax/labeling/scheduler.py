@@ -14,6 +14,7 @@ from laif_jax.labeling.budget import most_completion, most_tokens
 from laif_jax.labeling.calls import Call, Endpoint
 from laif_jax.labeling.errors import CallError
 from laif_jax.labeling.lanes import Lane
+from laif_jax.labeling.metrics import Meters
 from laif_jax.labeling.prices import Price, cost, most, price_of
 from laif_jax.labeling.providers import Provider, SqlLedger, make_provider, read_reply
 from laif_jax.labeling.store import Row, Settle, Store, now
@@ -106,8 +107,9 @@ class Party:
 class Scheduler:
     """Answers calls from their endpoint. Lives in one event loop."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, meters: Meters | None = None) -> None:
         self.store = store
+        self.meters = meters or Meters()
         self.closing = False
         self._lanes: dict[str, Lane] = {}
         self._providers: dict[Endpoint, Provider] = {}
@@ -124,6 +126,10 @@ class Scheduler:
             lane = self._lanes[endpoint.key] = Lane(provider.width)
         lane.widen(provider.width)
         return Party(job, endpoint, provider, lane, price_of(endpoint, datetime.now(UTC).date()), Breaker())
+
+    def lanes(self) -> dict[str, Lane]:
+        """The lanes of all endpoints that were used, by the endpoint's name."""
+        return {e.name: self._lanes[e.key] for e in self._providers if e.key in self._lanes}
 
     async def ask(self, party: Party, call: Call, attempts_before: int) -> Outcome:
         """The outcome of a call that was claimed. Never raises for what an endpoint does."""
@@ -196,6 +202,7 @@ class Scheduler:
     ) -> Outcome:
         """Stores an answer and what it cost. It counts for a place in the lane until it is committed."""
         date, used = now(), answer.usage
+        self.meters.call(party.endpoint, "answered", latency)
         party.lane.circuit.success()
         party.lane.admission.succeeded()
         nanos = party.cost(used, reserved)
@@ -228,6 +235,7 @@ class Scheduler:
     ) -> int:
         """Stores a failed attempt, and what it may have cost; what is still reserved for the next one."""
         date = now()
+        self.meters.call(party.endpoint, error.kind, latency)
         row: Row = {
             "key": call.key,
             "attempt": attempt,

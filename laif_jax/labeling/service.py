@@ -2,20 +2,24 @@
 
 import contextlib
 import logging
+import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
 
+from laif_jax.labeling.access import Limits, need_token
 from laif_jax.labeling.api import create_app
 from laif_jax.labeling.budget import parse_money
 from laif_jax.labeling.client import LabelClient
 from laif_jax.labeling.database import is_address
 from laif_jax.labeling.errors import LabelServiceError
+from laif_jax.labeling.keys import Key
 from laif_jax.labeling.leases import LEASE
 from laif_jax.labeling.process import Child
 from laif_jax.labeling.store import Store
@@ -31,6 +35,9 @@ def serve_labels(
     patience: float = 0.0,
     budget: str | None = None,
     lease: float = LEASE,
+    *,
+    token: Key | None = None,
+    limits: Limits | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT; then stops calling, stores the answers that are under way, and ends.
 
@@ -41,17 +48,22 @@ def serve_labels(
       patience: seconds to wait for another service that has the store open.
       budget: what all calls together may cost, "25USD"; None: as it was set before ("none" lifts it).
       lease: seconds that it may be silent before workers on other machines take over its calls.
+      token: what requests must carry (`access.read_token`); needed if `host` is not this machine alone.
+      limits: of bodies and of requests per second.
 
     Raises:
-      BudgetError: `budget` is no amount. StoreError: the store cannot be opened. LabelServiceError: the port is taken.
+      BudgetError: `budget` is no amount. StoreError: the store cannot be opened. LabelServiceError: the port is taken,
+        or others could reach it and there is no token.
     """
+    need_token(host, token)
     # httpx logs every address at INFO; a run makes thousands.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     cap = None if budget in (None, "none") else parse_money(budget)
     opened = Store(store, patience=patience, shared=is_address(store), lease=lease)
     if budget is not None:
         opened.set_cap(cap)
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
@@ -61,7 +73,7 @@ def serve_labels(
             f"cannot listen on {host}:{port} ({error.strerror}). Choose another port, or 0 for a free one"
         ) from error
     listener.listen(128)
-    url = f"http://{host}:{listener.getsockname()[1]}"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
     def announce() -> None:
         log.info("labelling service at %s, store %s", url, opened.path)
@@ -71,14 +83,40 @@ def serve_labels(
             partial.write_text(url)
             partial.replace(path)  # a reader never sees half an address
 
+    names = frozenset({"127.0.0.1", "localhost", "::1", host.strip("[]")}) if token is None else None
+    app = create_app(opened, announce, token=token, limits=limits, host_names=names)
+    # No log set-up of its own: what it says passes our filter of keys.
     config = uvicorn.Config(
-        create_app(opened, announce), log_level="warning", access_log=False, timeout_graceful_shutdown=10
+        app,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=10,
+        server_header=False,
+        proxy_headers=False,  # or anybody could choose the address that the limits are counted for
+        h11_max_incomplete_event_size=64 * 2**10,
     )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        with _ends_well():
+            uvicorn.Server(config).run(sockets=[listener])
     finally:
         opened.close()
         listener.close()
+
+
+@contextlib.contextmanager
+def _ends_well() -> Generator[None]:
+    """uvicorn raises the signal that stopped it once more when it has ended: a death, to who looks at the code."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True)
@@ -132,6 +170,8 @@ def start_service(
             str(folder),
             "--port",
             str(port),
+            "--token-env",
+            "",  # on this machine alone, and for this process alone
         ]
         if budget is not None:
             command += ["--budget", budget]

@@ -10,6 +10,7 @@ import jax
 from etils import epath
 
 from laif_jax.config import RunConfig, StudyConfig
+from laif_jax.labeling.access import read_token
 from laif_jax.labeling.calls import Endpoint
 from laif_jax.labeling.client import LabelClient
 from laif_jax.labeling.local_servers import running
@@ -45,7 +46,13 @@ class Services(contextlib.AbstractContextManager):
         """
         spec = self._config.labeling
         if spec.url is not None:
-            return self._stack.enter_context(LabelClient(spec.url, poll=spec.poll))
+            token = read_token(spec.token_env)
+            if spec.token_env is not None and token is None:
+                raise StageError(
+                    f"labeling.token_env: the environment variable {spec.token_env} is not set. Set it to the token of "
+                    f"the service at {spec.url}"
+                )
+            return self._stack.enter_context(LabelClient(spec.url, poll=spec.poll, token=token))
         store = spec.store or str(self._root / "labels")
         if "://" in store:
             raise StageError(

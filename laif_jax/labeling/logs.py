@@ -1,0 +1,48 @@
+"""Logs of the service and its workers: plain lines or JSON lines, on standard error, without keys in either."""
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from typing import Literal
+
+from laif_jax.labeling.keys import RedactingFilter, redact
+
+Format = Literal["text", "json"]
+_NOISY = ("httpx", "httpcore", "openai", "anthropic", "google_genai", "urllib3", "asyncio")
+_PLAIN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line: `time` (UTC), `level`, `logger`, `message`, whatever a record was given as `extra`, and
+    `exception`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        extra = {name: value for name, value in vars(record).items() if name not in _PLAIN}
+        line |= {
+            n: v if isinstance(v, int | float) else redact(str(v), shapes=True) for n, v in extra.items()
+        }
+        if record.exc_info and not record.exc_text:
+            record.exc_text = self.formatException(record.exc_info)
+        if record.exc_text:
+            line["exception"] = record.exc_text
+        return json.dumps(line, ensure_ascii=False)
+
+
+def set_up(form: Format = "text", level: int = logging.INFO) -> None:
+    """Sends the log to standard error, in place of whatever was set up before. Every line passes the filter of keys."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(RedactingFilter())
+    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(JsonFormatter() if form == "json" else text)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    for name in _NOISY:  # some log every address, and at DEBUG whole requests
+        logging.getLogger(name).setLevel(logging.WARNING)
