@@ -383,6 +383,7 @@ class JobRun:
             return
         self._known.pop(item.position, None)
         results = self.work.results(item.position, outcomes)
+        self.scheduler.meters.result(self.work, item.position, results[0].record)
         date, status = now(), results[0].status
         rows: dict[str, Row] = {}  # two parts may be one and the same result
         for result in results:
