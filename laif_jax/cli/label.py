@@ -135,6 +135,21 @@ def add_access(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _canary(options: argparse.Namespace) -> int:
+    from laif_jax.config import load_config
+    from laif_jax.labeling.canary import show
+
+    config = load_config(options.config, options.overrides)
+    from laif_jax.studies.canary import measure_critics
+
+    reports = measure_critics(config, options.critic)
+    if options.json:
+        print(json.dumps({name: report.to_json() for name, report in reports.items()}))
+        return 0
+    print("\n\n".join(f"{name}: {show(report)}" for name, report in reports.items()))
+    return 0
+
+
 def add_verbs(verb: Verb, to: argparse._SubParsersAction) -> None:
     """Adds the verbs below `laif label`."""
 
@@ -152,6 +167,14 @@ def add_verbs(verb: Verb, to: argparse._SubParsersAction) -> None:
     plan.add_argument("config", help="a study's YAML file")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
     plan.add_argument("--json", action="store_true", help="one JSON object")
+    text = "how often a response can talk a study's critics into a verdict"
+    canary = verb("canary", _canary, text, to)
+    canary.add_argument("config", help="a study's YAML file")
+    canary.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
+    canary.add_argument(
+        "--critic", action="append", default=[], help="this critic, or judge (may be repeated; default: all)"
+    )
+    canary.add_argument("--json", action="store_true", help="one JSON object")
     text = "write a store's content to .jsonl, .jsonl.gz or .parquet"
     with_store("export", _export, text).add_argument("file")
     text = "add an export's content to a store; what it cost counts against no budget"

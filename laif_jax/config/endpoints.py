@@ -235,13 +235,21 @@ class EndpointSpec(Spec):
 
 class TeacherSpec(Spec):
     """Who writes the completions of supervised fine-tuning: give `endpoint`, or `completions`, the name of a column
-    of completions that the data already holds."""
+    of completions that the data already holds.
+
+    Attributes:
+      revisions: how many times over `endpoint` criticises and revises each answer; the last revision is the target.
+      reviser: prompts and principles of that: a shipped one's name, or a folder. principles: a file instead of its own.
+    """
 
     endpoint: str | None = None
     completions: str | None = None
     system: str | None = None
     temperature: float = Field(default=1.0, ge=0)
     max_tokens: Positive = 512
+    revisions: int = Field(default=0, ge=0, le=64)
+    reviser: str = "constitutional"
+    principles: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "TeacherSpec":
@@ -252,9 +260,17 @@ class TeacherSpec(Spec):
         return self
 
     def unused(self) -> dict[str, tuple[str, str]]:
-        if self.completions is None:
-            return {}
-        return dict.fromkeys(("system", "temperature", "max_tokens"), ("`completions`", "`endpoint`"))
+        found: dict[str, tuple[str, str]] = {}
+        if self.revisions == 0:
+            found = dict.fromkeys(("reviser", "principles"), ("no `revisions`", "`revisions`"))
+        if self.completions is not None:
+            names = ("system", "temperature", "max_tokens", "revisions")
+            found |= dict.fromkeys(names, ("`completions`", "`endpoint`"))
+        return found
+
+    def resolved(self) -> dict[str, Any]:
+        # What was made before revisions existed keeps its key.
+        return {name: v for name, v in super().resolved().items() if name != "revisions" or v}
 
 
 class VoiceSpec(Spec):

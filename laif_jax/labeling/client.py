@@ -14,8 +14,9 @@ from laif_jax.labeling.calls import Endpoint
 from laif_jax.labeling.complete import Failure
 from laif_jax.labeling.critic import Critic, load_critic
 from laif_jax.labeling.errors import LabelServiceError
-from laif_jax.labeling.jobs import CompleteJob, Job, JobStatus, JudgeJob, RateItem, RateJob
+from laif_jax.labeling.jobs import CompleteJob, Job, JobStatus, JudgeJob, RateItem, RateJob, ReviseJob
 from laif_jax.labeling.keys import Key
+from laif_jax.labeling.revise import Reviser, load_reviser
 from laif_jax.records import Comparison, Completion, Judgement, Prompt, Rating
 
 log = logging.getLogger(__name__)
@@ -181,6 +182,47 @@ class LabelClient:
         if stop and status.state in ("running", "out_of_budget"):
             self._request("POST", f"/v1/jobs/{status.id}/stop", headers=_JSON)
         return [found.get(completion.id) for _, completion in completions]
+
+    def revise(
+        self,
+        endpoint: EndpointSpec | Endpoint,
+        completions: Sequence[tuple[Prompt, Completion]],
+        *,
+        generator: str,
+        reviser: str | Path | Reviser = "constitutional",
+        steps: int = 4,
+        seed: int = 0,
+        on_progress: Progress | None = None,
+    ) -> list[Completion | Failure]:
+        """The last of `steps` revisions of each completion, in order; see `laif_jax.labeling.revise`.
+
+        `meta.steps` holds the principle, the critique and the revision of each step; `revisions()` gives the revisions
+        of all steps as completions.
+
+        Args:
+          reviser: a shipped reviser's name, a reviser's folder on this machine, or a `Reviser`.
+          seed: draws the principles.
+
+        Raises:
+          CriticError: no such reviser. LabelServiceError: see `complete`.
+        """
+        reviser = reviser if isinstance(reviser, Reviser) else load_reviser(reviser)
+        items = tuple(RateItem(prompt=prompt, completion=completion) for prompt, completion in completions)
+        job = ReviseJob(
+            endpoint=_endpoint(endpoint),
+            reviser=reviser,
+            items=items,
+            steps=steps,
+            seed=seed,
+            generator=generator,
+        )
+        status = self._run(job, on_progress)
+        return [_completion.validate_json(line) for line in self._lines(status.id)]
+
+    def revisions(self, job_id: str | None = None) -> list[Completion]:
+        """The revisions of every step of a `revise` job (by default the last job of this client)."""
+        lines = self._lines(job_id or self.last_job, parts="true")
+        return [Completion.model_validate_json(line) for line in lines]
 
     def status(self, job_id: str) -> JobStatus:
         """Where a job stands."""

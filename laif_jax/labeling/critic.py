@@ -87,10 +87,10 @@ class Critic(BaseModel):
         if parser.needs_logprobs != (self.top_logprobs is not None):
             verb = "needs" if parser.needs_logprobs else "does not read"
             raise ValueError(f"the parser {self.parser!r} {verb} `top_logprobs`")
-        _sections("prompt.txt", self.prompt)
+        sections("prompt.txt", self.prompt)
         self._check_prompt("prompt.txt", self.prompt, rationale=self.rationale is not None)
         if self.rationale is not None:
-            _sections("rationale.txt", self.rationale.prompt)
+            sections("rationale.txt", self.rationale.prompt)
             self._check_prompt("rationale.txt", self.rationale.prompt, rationale=False)
         self._check_protocol()
         return self
@@ -147,12 +147,12 @@ class Critic(BaseModel):
 
     @cached_property
     def _template(self) -> list[tuple[str, str]]:
-        return _sections("prompt.txt", self.prompt)
+        return sections("prompt.txt", self.prompt)
 
     @cached_property
     def _rationale_template(self) -> list[tuple[str, str]]:
         assert self.rationale is not None
-        return _sections("rationale.txt", self.rationale.prompt)
+        return sections("rationale.txt", self.rationale.prompt)
 
     @cached_property
     def hash(self) -> str:
@@ -287,7 +287,7 @@ class Critic(BaseModel):
             raise CriticError(f"critic {self.name!r} with {', '.join(changes)}: {error}") from error
 
 
-def _sections(file: str, text: str) -> list[tuple[str, str]]:
+def sections(file: str, text: str) -> list[tuple[str, str]]:
     """(role, text) of the sections of a chat prompt."""
     parts = _SECTION.split(text.replace("\r\n", "\n"))
     if parts[0].strip():

@@ -12,6 +12,7 @@ from laif_jax.labeling.errors import CriticError
 from laif_jax.labeling.judge import JudgeWork
 from laif_jax.labeling.judge_lists import ListJudgeWork
 from laif_jax.labeling.rate import RateWork
+from laif_jax.labeling.revise import Reviser, ReviseWork
 from laif_jax.labeling.store import Row
 from laif_jax.labeling.work import Work
 from laif_jax.records import Comparison, Completion, Prompt
@@ -113,6 +114,28 @@ class RateJob(_PaidJob):
         return RateWork(self.endpoint, critic, [(item.prompt, item.completion) for item in self.items])
 
 
+class ReviseJob(_PaidJob):
+    """Critique and revision of completions, `steps` times over. `generator`: the name that the revisions carry."""
+
+    kind: Literal["revise"] = "revise"
+    reviser: Reviser
+    items: tuple[RateItem, ...]
+    steps: int = Field(default=4, gt=0, le=64)
+    seed: int = 0
+    generator: str
+
+    def work(self) -> Work:
+        items = [(item.prompt, item.completion) for item in self.items]
+        return ReviseWork(
+            self.endpoint,
+            self.reviser,
+            items,
+            steps=self.steps,
+            seed=self.seed,
+            generator=self.generator,
+        )
+
+
 def _critic(critic: str | Critic) -> Critic:
     if isinstance(critic, Critic):
         return critic
@@ -123,7 +146,7 @@ def _critic(critic: str | Critic) -> Critic:
     return load_critic(critic)
 
 
-Job = CompleteJob | JudgeJob | RateJob
+Job = CompleteJob | JudgeJob | RateJob | ReviseJob
 JobRequest = Annotated[Job, Field(discriminator="kind")]
 job_request: TypeAdapter[Job] = TypeAdapter(JobRequest)
 

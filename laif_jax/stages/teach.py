@@ -9,7 +9,9 @@ from etils import epath
 from laif_jax.config import TeacherSpec
 from laif_jax.data.sources import SourceRow
 from laif_jax.labeling.complete import Failure
+from laif_jax.labeling.judge import sum_usage
 from laif_jax.labeling.local_servers import weights_id
+from laif_jax.labeling.revise import load_reviser
 from laif_jax.models import fetch
 from laif_jax.parallel import distributed
 from laif_jax.records import Completion, DataError, read_jsonl, write_jsonl
@@ -19,7 +21,7 @@ from laif_jax.stages.context import Context, StudyContext
 from laif_jax.stages.progress import job_lines
 from laif_jax.stages.usage import usage_of
 
-FILE = "completions.jsonl.gz"
+FILE, REVISIONS = "completions.jsonl.gz", "revisions.jsonl.gz"
 
 
 def run(
@@ -51,6 +53,8 @@ def run(
                 "rest only."
             )
         write_jsonl(folder / FILE, completions)
+        if spec.revisions:  # of all steps, for who trains on all of them
+            write_jsonl(folder / REVISIONS, ctx.services.client.revisions())
         usage = usage_of(completions, ctx.config.endpoints[spec.endpoint] if spec.endpoint else None)
         return {"completions": len(completions), "asked": len(rows), "usage": usage, **counts}
 
@@ -67,6 +71,10 @@ def teacher_settings(ctx: StudyContext, spec: TeacherSpec) -> dict[str, Any]:
     settings = spec.resolved()
     if spec.endpoint:
         settings["endpoint"] = endpoint_settings(ctx, spec.endpoint)
+    if spec.revisions:
+        settings["reviser"] = distributed.from_main(lambda: load_reviser(spec.reviser, spec.principles).hash)
+        settings.pop("principles", None)  # in the reviser's hash, by content
+        settings["seed"] = ctx.config.seed
     return settings
 
 
@@ -118,7 +126,33 @@ def _from_service(
         on_progress=job_lines(f"completions of {teacher}"),
     )
     found = [answer for answer in answers if isinstance(answer, Completion) and answer.text.strip()]
+    if spec.revisions:
+        revised = _revised(ctx, rows, found, teacher)
+        answers = [answer for answer in answers if isinstance(answer, Failure)] + revised
+        found = [answer for answer in revised if isinstance(answer, Completion) and answer.text.strip()]
     failures = [answer for answer in answers if isinstance(answer, Failure)]
     states = Counter(str(failure.status) for failure in failures)
     counts = {"missing": len(rows) - len(found), "failed": states["failed"], "refused": states["refused"]}
     return found, counts, failures[0].reason if failures else "the answer is empty"
+
+
+def _revised(
+    ctx: StudyContext, rows: Sequence[SourceRow], completions: Sequence[Completion], teacher: str
+) -> list[Completion | Failure]:
+    """The teacher's revisions of its own answers (SL-CAI). Each carries the usage of the answer too."""
+    spec, prompts = ctx.config.teachers[teacher], {row.prompt.id: row.prompt for row in rows}
+    found = ctx.services.client.revise(
+        ctx.services.endpoint(spec.endpoint or ""),
+        [(prompts[completion.prompt_id], completion) for completion in completions],
+        generator=teacher,
+        reviser=load_reviser(spec.reviser, spec.principles),
+        steps=spec.revisions,
+        seed=ctx.config.seed,
+        on_progress=job_lines(f"revisions of {teacher}"),
+    )
+    return [
+        answer.model_copy(update={"usage": sum_usage([first.usage, answer.usage])})
+        if isinstance(answer, Completion)
+        else answer
+        for first, answer in zip(completions, found, strict=True)
+    ]

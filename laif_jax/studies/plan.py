@@ -14,13 +14,16 @@ from typing import Any
 
 from etils import epath
 
-from laif_jax.config import CriticSpec, EndpointSpec, StudyConfig
+from laif_jax.config import CriticSpec, EndpointSpec, StudyConfig, TeacherSpec
+from laif_jax.config.endpoints import StrongSpec, VoiceSpec
 from laif_jax.data.sources import load_prompts
 from laif_jax.labeling.budget import show_money
-from laif_jax.labeling.critic import instruction_text, load_critic
+from laif_jax.labeling.critic import Critic, instruction_text
 from laif_jax.labeling.prices import cost, price_of
+from laif_jax.labeling.revise import load_reviser
 from laif_jax.records import Prompt, Usage
 from laif_jax.stages.context import Services, StudyContext
+from laif_jax.stages.label import load_voice
 from laif_jax.stages.split import sft_count
 from laif_jax.studies.graph import ordered
 from laif_jax.studies.laif import Builder
@@ -89,6 +92,7 @@ class _Planner:
             str, set[str]
         ] = {}  # prompts by teacher: the same one is asked once, whatever the replicate
         self.unknown: set[str] = set()
+        self.strong: set[str] = set()  # second tiers
 
     def plan(self) -> Plan:
         config, data = self.config, self.config.data
@@ -137,6 +141,20 @@ class _Planner:
                 asked.add(prompt.id)
                 texts = [message.content for message in prompt.messages] + [spec.system or ""]
                 row.add(1, _tokens(texts), spec.max_tokens)
+                self._revise(row, spec, _tokens(texts))
+
+    def _revise(self, row: PlanRow, spec: TeacherSpec, shown: int) -> None:
+        """Two calls per step: each shows the conversation and the answer, the second the critique too."""
+        if not spec.revisions:
+            return
+        reviser = load_reviser(spec.reviser, spec.principles)
+        answer = max(spec.max_tokens, reviser.revision_tokens)
+        values = dict.fromkeys(("instruction", "response", "principle", "critique", "request"), "")
+        longest = max(_tokens([p.text, p.revision]) for p in reviser.principles)
+        for part, tokens in (("critique", reviser.critique_tokens), ("revision", reviser.revision_tokens)):
+            fixed = _tokens([message["content"] for message in reviser.messages(part, values)])
+            seen = shown + answer + fixed + longest + (reviser.critique_tokens if part == "revision" else 0)
+            row.add(spec.revisions, spec.revisions * seen, spec.revisions * tokens)
 
     def _stage(self, name: str, train: Sequence[Prompt], evaluation: Sequence[Prompt]) -> None:
         if match := _LABELS.fullmatch(name):
@@ -156,14 +174,24 @@ class _Planner:
         return self.config.sampling.max_new_tokens if tokens is None else tokens
 
     def _judge(self, role: str, name: str, spec: CriticSpec, prompts: Sequence[Prompt], answers: int) -> None:
-        critic = load_critic(spec.critic)
-        row, orders = self._row(role, name, spec.endpoint), 2 if spec.order == "both" else 1
-        fixed = _tokens([message["content"] for message in critic.messages("", "", "")])
+        for number, voice in enumerate(spec.voices):
+            shown = name if number == 0 else f"{name} + {voice.endpoint}"
+            if isinstance(voice, StrongSpec):
+                shown = f"{name} > {voice.endpoint}"
+                self.strong.add(shown)
+            self._ask(self._row(role, shown, voice.endpoint), voice, prompts, answers)
+
+    def _ask(self, row: PlanRow, voice: VoiceSpec, prompts: Sequence[Prompt], answers: int) -> None:
+        """One critic's calls: a verdict per sample and order, and the rationale before it where one is asked for."""
+        critic, orders = load_voice(voice), 2 if voice.order == "both" else 1
+        first, verdict = _fixed_tokens(critic)
+        thought = critic.rationale.max_tokens if critic.rationale else 0
         for prompt in prompts:
+            shown = answers + _tokens([instruction_text(prompt)])
+            prompt_tokens = (first + shown if thought else 0) + verdict + shown + thought
+            times = orders * critic.samples
             row.add(
-                orders,
-                orders * (fixed + answers + _tokens([instruction_text(prompt)])),
-                orders * critic.max_tokens,
+                orders * critic.calls_per_order, times * prompt_tokens, times * (thought + critic.max_tokens)
             )
 
     # ---- money and time ------------------------------------------------------------------------------------------
@@ -185,6 +213,9 @@ class _Planner:
 
     def _notes(self) -> list[str]:
         notes = [
+            f"{name}: at most; it is asked only where the first tier is not sure" for name in self.strong
+        ]
+        notes += [
             f"tokens are estimated: {BYTES_PER_TOKEN} bytes each; answers that do not exist yet at their longest",
             "time: from the endpoints' concurrency; a hosted model's latency is assumed, its rate limits are not known",
             "calls: for an empty store; what is stored already is not asked again",
@@ -200,6 +231,15 @@ def _tokens(texts: Iterable[str]) -> int:
     return sum(
         math.ceil(len(text.encode("utf-8", "replace")) / BYTES_PER_TOKEN) + 4 for text in texts if text
     )
+
+
+def _fixed_tokens(critic: Critic) -> tuple[int, int]:
+    """Tokens of the prompts of the rationale (0 if none is asked for) and the verdict, without what is shown."""
+    if critic.kind == "listwise":
+        return 0, _tokens([message["content"] for message in critic.listwise_messages("", ["", ""])])
+    first = critic.rationale_messages("", "", "") if critic.rationale else ()
+    verdict = critic.messages("", "", "")
+    return _tokens([m["content"] for m in first]), _tokens([m["content"] for m in verdict])
 
 
 def _latency(spec: EndpointSpec, row: PlanRow) -> float:

@@ -28,7 +28,7 @@ worse response turns `base` and length bias round, not the position bias. `noise
 added to the logit of each verdict or rationale that is sampled (temperature above 0), afresh for each sample.
 
 With probability `gullibility`, one draw per text and critic, a response that holds one of the shipped injections
-(`canary`) talks the critic into the verdict that it asks for: the logit is `sharpness` towards it.
+(`canary`) talks the critic into the verdict that it asks for: the logit is `sharpness` towards it, and it leads a ranking.
 
 A ranking sorts the responses by quality, each with its own draw: with probability 1 - `accuracy` a response counts as
 1 - quality. `position_bias` adds `0.1 * position_bias` times its place from the end, in places of the list.
@@ -201,6 +201,7 @@ class SimulatedProvider:
             version = self._version(truth.instruction, text)
             right, *_ = _draws("listwise", spec.seed, self.endpoint.model, truth.instruction, text, *version)
             quality = quality if right < spec.accuracy else 1.0 - quality
+            quality = 2.0 if self._talked_into(text, truth.instruction) else quality
             scores.append(quality + 0.1 * spec.position_bias * (len(truth.texts) - 1 - place))
         return truth.parser.render(scores)
 
