@@ -172,11 +172,13 @@ class JobRun:
         self._body = None
 
     async def _finish_run(self, state: str, reason: str) -> None:
+        if self._left:
+            return log.info("job %s: ended or was run again elsewhere", self.id)
         try:
             if self.shared:
                 await self.count(fresh=True)
             others = self.shared and await asyncio.to_thread(self.store.others)
-            if not self._left and not (state == "interrupted" and others and not self._stopped):
+            if not (state == "interrupted" and others and not self._stopped):
                 counts = self.status.counts
                 progress = {"done": sum(counts.values()), "calls": self._calls, "cached": self._cached}
                 await asyncio.wrap_future(
@@ -193,6 +195,7 @@ class JobRun:
             *(final.id, final.kind, final.endpoint, final.state, f" ({reason})" if reason else ""),
             *(final.done, final.total, final.calls, final.cached, final.counts),
         )
+        return None
 
     async def _work_off(self) -> None:
         width = self.party.provider.width
@@ -220,7 +223,7 @@ class JobRun:
                 if self._later:
                     delay = POLL[0] if len(self._later) < len(later) else min(2 * delay, POLL[1])
                     await self._wait_hungry(delay)
-            elif self._staged and self._asking:  # an answer under way may lead to another stage
+            elif self._asking:  # it may lead to another stage, or be put off (no room for its next attempt)
                 await self._wait_hungry(1.0)
             elif not self._ready:
                 return

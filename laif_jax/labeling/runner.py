@@ -66,7 +66,8 @@ class Runner:
 
     def _end(self, job: JobRun) -> None:
         del self._jobs[job.id]
-        self._ended[job.id] = job.status
+        if not job.shared:  # of a shared job the store knows better how it stands
+            self._ended[job.id] = job.status
 
     async def status(self, job_id: str) -> JobStatus | None:
         if job_id in self._jobs:

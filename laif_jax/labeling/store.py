@@ -207,7 +207,7 @@ class Store(StoreReader):
             ours = sa.and_(
                 jobs.c.id == job,
                 jobs.c.run == run,
-                jobs.c.state.in_(("running", "out_of_budget", "interrupted")),
+                jobs.c.state.in_(("running", "out_of_budget")),
             )
             values = {"state": state, "reason": reason, "counts": counts, "updated": now()}
             done = bool(connection.execute(sa.update(jobs).where(ours).values(**values)).rowcount)
