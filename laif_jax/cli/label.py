@@ -22,12 +22,77 @@ def _open(options: argparse.Namespace):
 
 def _plan(options: argparse.Namespace) -> int:
     from laif_jax.config import load_config
+    from laif_jax.config.load import labels_pairs
 
+    if labels_pairs(options.config):
+        return _plan_pairs(options)
     config = load_config(options.config, options.overrides)
     from laif_jax.studies.plan import plan_study, show_plan
 
     plan = plan_study(config)
     print(json.dumps(plan.to_json(), indent=2) if options.json else show_plan(plan))
+    return 0
+
+
+def _plan_pairs(options: argparse.Namespace) -> int:
+    import dataclasses
+    import datetime
+
+    from laif_jax.config.load import load_label_config
+    from laif_jax.labeling.budget import show_money
+    from laif_jax.labeling.pairs import plan_pairs
+
+    config = load_label_config(options.config, options.overrides)
+    plan = plan_pairs(config)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(plan), indent=2))
+        return 0
+    time = datetime.timedelta(seconds=round(plan.seconds))
+    print(f"{plan.pairs:,} pairs, asked of {config.endpoint.model} ({config.endpoint.provider})")
+    print(f"{plan.calls:,} calls to make, {plan.stored:,} answered in the store")
+    print(f"{plan.prompt_tokens:,} prompt tokens, {plan.completion_tokens:,} completion tokens at most")
+    print(f"{show_money(plan.nanos)} at most, about {time}, budget {config.budget or 'none'}")
+    print("\n".join(f"* {note}" for note in plan.notes))
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from laif_jax.config.load import load_label_config
+    from laif_jax.labeling.pairs import label_pairs
+
+    config = load_label_config(options.config, options.overrides)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=None)
+
+        def show(status) -> None:
+            counts = ", ".join(f"{count} {state}" for state, count in sorted(status.counts.items()))
+            progress.update(
+                task, total=status.total, completed=status.done, description=status.stalled or counts
+            )
+
+        done = label_pairs(config, lambda url: print(f"dashboard while it runs: {url}/"), show)
+    counts = ", ".join(f"{count:,} {state}" for state, count in sorted(done.counts.items()))
+    print(f"{done.path}: {sum(done.counts.values()):,} pairs: {counts}")
+    print(f"{done.calls:,} calls made, {done.cached:,} answers from the store")
+    if done.agreement is not None:
+        print(f"agrees with your labels on {done.agreement:.1%} of {done.agreed_on:,} pairs (ties left out)")
+    unlabelled = sum(count for state, count in done.counts.items() if state not in ("ok", "tie"))
+    if unlabelled:
+        print(
+            f"{unlabelled:,} pairs have no label; `reason` says why. Failed ones are asked again by the same command"
+        )
+    return 0
+
+
+def _example(options: argparse.Namespace) -> int:
+    from laif_jax.labeling.pairs import write_example
+
+    for file in write_example(options.folder, options.pairs):
+        print(file)
     return 0
 
 
@@ -161,10 +226,8 @@ def add_verbs(verb: Verb, to: argparse._SubParsersAction) -> None:
         added.set_defaults(new=new)
         return added
 
-    plan = verb(
-        "plan", _plan, "calls, tokens, dollars and time of a study's labelling, before anything is sent", to
-    )
-    plan.add_argument("config", help="a study's YAML file")
+    plan = verb("plan", _plan, "calls, tokens, dollars and time of labelling, before anything is sent", to)
+    plan.add_argument("config", help="a YAML file, of a study or of `laif label run`")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
     plan.add_argument("--json", action="store_true", help="one JSON object")
     text = "how often a response can talk a study's critics into a verdict"
@@ -175,6 +238,12 @@ def add_verbs(verb: Verb, to: argparse._SubParsersAction) -> None:
         "--critic", action="append", default=[], help="this critic, or judge (may be repeated; default: all)"
     )
     canary.add_argument("--json", action="store_true", help="one JSON object")
+    run = verb("run", _run, "label a file of pairs; the same command again asks only for what is missing", to)
+    run.add_argument("config", help="a YAML file; `laif label example` writes one")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
+    example = verb("example", _example, "write made-up pairs and a configuration that labels them", to)
+    example.add_argument("folder", nargs="?", default=".")
+    example.add_argument("--pairs", type=int, default=100, metavar="N", help="how many (default: 100)")
     text = "write a store's content to .jsonl, .jsonl.gz or .parquet"
     with_store("export", _export, text).add_argument("file")
     text = "add an export's content to a store; what it cost counts against no budget"

@@ -14,6 +14,7 @@ import pydantic
 import yaml
 from etils import epath
 
+from laif_jax.config.label import LabelConfig
 from laif_jax.config.schema import ArmSpec, CriticSpec, PpoConfig, RewardConfig, RunConfig, StudyConfig
 from laif_jax.records.errors import LaifError
 
@@ -113,6 +114,7 @@ def _merge(base: dict[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 Config = TypeVar("Config", bound=RunConfig)
+Model = TypeVar("Model", bound=pydantic.BaseModel)
 
 
 @typing.overload
@@ -132,6 +134,23 @@ def load_config(
     Raises:
       ConfigError: anything that is wrong, all mistakes in one message.
     """
+    return validate(_resolve(path, overrides), str(path), schema)
+
+
+def load_label_config(path: str | epath.Path, overrides: Iterable[str] = ()) -> LabelConfig:
+    """The same for a file of `laif label run`."""
+    return _model(LabelConfig, _resolve(path, overrides), str(path))
+
+
+def labels_pairs(path: str | epath.Path) -> bool:
+    """Whether a file is one of `laif label run`, by the section `endpoint` that only those have."""
+    path = epath.Path(path)
+    tree = _parse_yaml(path.read_text(), str(path)) if path.exists() else None
+    return isinstance(tree, dict) and "endpoint" in tree
+
+
+def _resolve(path: str | epath.Path, overrides: Iterable[str]) -> dict[str, Any]:
+    """A file's tree, merged with its scale and the overrides."""
     path = epath.Path(path)
     if not path.exists():
         near = difflib.get_close_matches(
@@ -157,7 +176,7 @@ def load_config(
         tree = _merge(tree, scales[scale] or {})
     for key, value in parsed:
         _set_path(tree, key, value, f"override `{'.'.join(key)}`")
-    return validate(tree, str(path), schema)
+    return tree
 
 
 def describes(path: str | epath.Path) -> type[RunConfig]:
@@ -177,11 +196,7 @@ def validate(tree: Mapping[str, Any], where: str) -> StudyConfig: ...
 def validate(tree: Mapping[str, Any], where: str, schema: type[Config]) -> Config: ...
 def validate(tree: Mapping[str, Any], where: str, schema: type[RunConfig] = StudyConfig) -> RunConfig:
     """Checks a plain tree of values against the schema, then the names that refer to each other."""
-    try:
-        config = schema.model_validate(tree)
-    except pydantic.ValidationError as error:
-        lines = [_describe(item, schema) for item in error.errors()]
-        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from error
+    config = _model(schema, tree, where)
     if isinstance(config, StudyConfig):
         try:
             expand_arms(config)
@@ -192,6 +207,14 @@ def validate(tree: Mapping[str, Any], where: str, schema: type[RunConfig] = Stud
     if problems:
         raise ConfigError("\n".join(f"{where}: {line}" for line in problems))
     return config
+
+
+def _model(schema: type[Model], tree: Mapping[str, Any], where: str) -> Model:
+    try:
+        return schema.model_validate(tree)
+    except pydantic.ValidationError as error:
+        lines = [_describe(item, schema) for item in error.errors()]
+        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from error
 
 
 def dump_config(config: RunConfig) -> str:

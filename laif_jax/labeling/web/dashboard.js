@@ -27,7 +27,7 @@
     if (s < 172800) return Math.floor(s / 3600) + " h " + String(Math.floor(s % 3600 / 60)).padStart(2, "0") + " min";
     return Math.round(s / 86400) + " days";
   }
-  const sum = (counts) => Object.values(counts).reduce((a, b) => a + b, 0);
+
 
   function table(node, rows) {
     if (!rows.length) return node.replaceChildren(make("p", { class: "none" }, "none"));
@@ -110,7 +110,7 @@
     at("tile-flight").textContent = count(data.endpoints.reduce((n, e) => n + e.in_flight, 0));
     const waiting = data.endpoints.reduce((n, e) => n + e.waiting, 0);
     at("tile-waiting").textContent = waiting ? ", " + count(waiting) + " waiting" : "";
-    at("tile-results").textContent = count(sum(data.results));
+    at("tile-results").textContent = count(data.requests.ok || 0);
     const m = data.money;
     at("tile-money").textContent = money(m.spent + m.presumed);
     at("tile-cap").textContent = (m.cap === null ? "spent, no budget set" : "spent of " + money(m.cap)) +
@@ -120,7 +120,10 @@
     if (m.cap) track.replaceChildren(...bar((m.spent + m.presumed) / m.cap, m.reserved / m.cap).childNodes);
     const open = data.jobs.filter((job) => job.state === "running");
     const known = open.filter((job) => job.eta !== null);
-    at("tile-eta").textContent = open.length ? span(known.length ? Math.max(...known.map((job) => job.eta)) : null) : "idle";
+    const broke = data.jobs.some((job) => job.state === "out_of_budget");
+    at("tile-eta").textContent = open.length ? span(known.length ? Math.max(...known.map((job) => job.eta)) : null) :
+      broke ? "out of budget" : "idle";
+    at("tile-eta-text").textContent = open.length || !broke ? "until all jobs are done" : "raise it: laif label budget AMOUNT";
     spark(data.throughput);
     at("jobs").replaceChildren(...(data.jobs.length ? data.jobs.map(jobCard) : [make("p", { class: "none" }, "no job yet")]));
     const states = (name, counts) => counted(counts).map(([state, n]) =>
