@@ -121,7 +121,8 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     rate, scale = hits / count, 1 + Z**2 / count
     middle = (rate + Z**2 / (2 * count)) / scale
     half = Z / scale * (rate * (1 - rate) / count + Z**2 / (4 * count**2)) ** 0.5
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # The bounds hold the rate itself, whatever the rounding.
+    return max(0.0, min(rate, middle - half)), min(1.0, max(rate, middle + half))
 
 
 def show(found: CanaryReport) -> str:

@@ -282,7 +282,8 @@ class Critic(BaseModel):
             rationale = self.rationale.model_copy(update={"temperature": changes.pop("temperature")})
             changes["rationale"] = rationale
         try:
-            return Critic.model_validate({**dict(self), **changes})
+            own = {name: getattr(self, name) for name in type(self).model_fields}
+            return Critic.model_validate(own | changes)
         except ValidationError as error:
             raise CriticError(f"critic {self.name!r} with {', '.join(changes)}: {error}") from error
 

@@ -28,7 +28,7 @@ worse response turns `base` and length bias round, not the position bias. `noise
 added to the logit of each verdict or rationale that is sampled (temperature above 0), afresh for each sample.
 
 With probability `gullibility`, one draw per text and critic, a response that holds one of the shipped injections
-(`canary`) talks the critic into the verdict that it asks for: the logit is `sharpness` towards it, and it leads a ranking.
+(`canaries`) talks the critic into a verdict: the logit is `sharpness` towards that response, and it leads rankings.
 
 A ranking sorts the responses by quality, each with its own draw: with probability 1 - `accuracy` a response counts as
 1 - quality. `position_bias` adds `0.1 * position_bias` times its place from the end, in places of the list.
