@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from laif_jax.config.endpoints import Options
+from laif_jax.config.endpoints import Options, VariableName
 from laif_jax.config.schema import EndpointSpec, SimulatedSpec
 from laif_jax.labeling.errors import EndpointError
 from laif_jax.labeling.listwise import ListwiseParser
@@ -72,7 +72,7 @@ class Endpoint(BaseModel):
     model: str = "default"
     identity: str = ""
     base_url: str | None = None
-    api_key_env: str | None = None
+    api_key_env: VariableName | None = None
     api_key_file: str | None = None
     project: str | None = None
     location: str | None = None

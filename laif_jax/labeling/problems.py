@@ -58,8 +58,7 @@ def invalid(error: ValidationError | RequestValidationError) -> Refusal:
         else error.errors()
     )
     problems = [
-        ProblemAt(at=_clean(".".join(map(str, item["loc"])))[:300], message=_clean(str(item["msg"]))[:1000])
-        for item in found[:MOST]
+        ProblemAt(at=".".join(map(str, item["loc"])), message=str(item["msg"])) for item in found[:MOST]
     ]
     lines = [f"{problem.at}: {problem.message}" if problem.at else problem.message for problem in problems]
     more = f" (and {len(found) - MOST} more)" if len(found) > MOST else ""
@@ -106,4 +105,6 @@ def _clean(text: str) -> str:
 
 def _response(status: int, problem: Problem, headers: Any = None) -> JSONResponse:
     problem.detail = _clean(problem.detail)
+    for item in problem.problems:
+        item.at, item.message = _clean(item.at)[:300], _clean(item.message)[:1000]
     return JSONResponse(problem.model_dump(), status, headers=headers)
