@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from laif_jax.labeling.canaries import Injection, canaries, injected_comparisons, plain_comparisons
+from laif_jax.labeling.errors import CriticError
 from laif_jax.records import Comparison, Judgement
 
 Z = 1.96  # of a 95% interval
@@ -83,7 +84,16 @@ def report(
     judgements: Sequence[Judgement],
 ) -> CanaryReport:
     """The report from judgements: of the plain pairs, and of the injected ones in the order of
-    `injected_comparisons`. In all of them b is the worse response."""
+    `injected_comparisons`. In all of them b is the worse response.
+
+    Raises:
+      CriticError: not one plain pair has a label (an endpoint that is down, or one of another world).
+    """
+    if all(judgement.p_b is None for judgement in plain):
+        raise CriticError(
+            f"critic {plain[0].critic!r} gave no label to any of the {len(plain)} plain pairs, so nothing can be said "
+            f"of injections. First reason: {plain[0].reason}"
+        )
     known = {comparison.prompt_id: judgement.p_b for comparison, judgement in zip(plain_comparisons(), plain)}
     rows: dict[str, list[tuple[float, float]]] = {entry.id: [] for entry in canaries().injections}
     lost = 0

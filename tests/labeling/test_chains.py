@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from laif_jax.labeling import canary, load_critic
+from laif_jax.labeling import CriticError, canary, load_critic
 from laif_jax.labeling.canaries import canaries, holds_injection, injected_comparisons
 from laif_jax.labeling.collect import collect
 from laif_jax.labeling.jobs import JudgeJob, RateItem, ReviseJob
@@ -189,6 +189,8 @@ def test_pairs_that_the_critic_gets_wrong_anyway_are_not_counted(tmp_path: Path)
     lost = canary.measure(lambda items: judge(tmp_path, simulated(garbage_rate=0.3), "laif_basic", items))
     assert lost.lost > 0
     assert lost.total.flipped == 0
+    with pytest.raises(CriticError, match="simulated failure"):
+        canary.measure(lambda items: judge(tmp_path, simulated(1, failure_rate=1.0), "laif_basic", items))
 
 
 def test_the_canaries_are_well_formed() -> None:
