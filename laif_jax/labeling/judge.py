@@ -30,6 +30,7 @@ from typing import Any, Literal
 from laif_jax.labeling.calls import Call, Endpoint, Truth
 from laif_jax.labeling.critic import Critic, instruction_text, last_user_turn
 from laif_jax.labeling.critic_parts import Principle, draw_principle
+from laif_jax.labeling.pair_facts import told
 from laif_jax.labeling.parsers import Verdict
 from laif_jax.labeling.scheduler import Outcome
 from laif_jax.labeling.work import Result
@@ -393,7 +394,7 @@ class JudgeWork:
     def results(self, position: int, outcomes: Sequence[Outcome]) -> list[Result]:
         comparison, critic = self._comparisons[position], self._critic
         if not outcomes:
-            return [self._result(identical(comparison, critic, self._order))]
+            return [self._result(told(identical(comparison, critic, self._order), comparison))]
         slots = self._slots(comparison)
         if critic.rationale is None:
             samples = [Sample(outcome) for outcome in outcomes]
@@ -407,9 +408,9 @@ class JudgeWork:
             mine = [sample for (shown, _), sample in zip(slots, samples, strict=True) if shown == order]
             singles.append(read_samples(comparison, order, critic, mine, self._principle(comparison)))
         if len(singles) == 1:
-            final = self._result(singles[0])
+            final = self._result(told(singles[0], comparison))
             return [final, replace(final, part=1)]
-        merged = merge(comparison, critic, singles)
+        merged = told(merge(comparison, critic, singles), comparison)
         return [self._result(merged)] + [self._result(single, part) for part, single in enumerate(singles, 1)]
 
     def _slots(self, comparison: Comparison) -> list[tuple[Order, int]]:

@@ -19,6 +19,7 @@ from laif_jax.labeling.critic import Critic, instruction_text, last_user_turn
 from laif_jax.labeling.errors import CriticError
 from laif_jax.labeling.judge import Order, identical, merge, planted_quality, refuses
 from laif_jax.labeling.listwise import Ranking
+from laif_jax.labeling.pair_facts import told
 from laif_jax.labeling.scheduler import Outcome
 from laif_jax.labeling.work import Result
 from laif_jax.records import Comparison, Completion, Judgement, Prompt, Status, content_id
@@ -107,7 +108,8 @@ class ListJudgeWork:
     def results(self, position: int, outcomes: Sequence[Outcome]) -> list[Result]:
         comparison = self._comparisons[position]
         if not outcomes:
-            return [self._result(comparison, identical(comparison, self._critic, self._order))]
+            tie = identical(comparison, self._critic, self._order)
+            return [self._result(comparison, told(tie, comparison))]
         lists = self._shown(self._lists[comparison.prompt.id])
         counted = self._first[comparison.prompt.id] == position
         singles = sorted(
@@ -115,9 +117,9 @@ class ListJudgeWork:
             key=lambda judgement: judgement.order,
         )
         if len(singles) == 1:
-            final = self._result(comparison, singles[0])
+            final = self._result(comparison, told(singles[0], comparison))
             return [final, replace(final, part=1)]
-        finals = [merge(comparison, self._critic, singles), *singles]
+        finals = [told(merge(comparison, self._critic, singles), comparison), *singles]
         return [self._result(comparison, judgement, part) for part, judgement in enumerate(finals)]
 
     def _read(
