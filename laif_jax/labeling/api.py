@@ -98,6 +98,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # their target would be the host that the request names
         openapi_tags=examples.TAGS,
         responses=_problems(403, 429, 503) | (_problems(401) if token is not None else {}),
     )
