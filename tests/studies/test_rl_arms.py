@@ -188,12 +188,15 @@ def test_a_round_beyond_the_bound_is_not_begun_and_the_policy_so_far_is_the_arms
 
 def test_a_critic_that_dies_in_a_round_keeps_the_finished_ones(tmp_path, monkeypatch):
     copy_of(tmp_path, without="labels of rounds, round 2")
-    asked = label.judge
+    (sampled,) = stages(tiny.results(tmp_path), "samples of rounds, round 2")
+    asked = label.run
 
-    def dead(*_args, **_options):
-        raise StageError("the critic does not answer")
+    def dead(ctx, prompts, samples, teacher, *, critic):
+        if samples.key == sampled["key"]:
+            raise StageError("the critic does not answer")
+        return asked(ctx, prompts, samples, teacher, critic=critic)
 
-    monkeypatch.setattr(label, "judge", dead)
+    monkeypatch.setattr(label, "run", dead)
     assert tiny_rl.run(tmp_path, arms=["SFT", "rounds"], here=True) == 1
     made = tiny.results(tmp_path)
     first, second = made["rounds"]["rounds"][1:]
@@ -202,7 +205,7 @@ def test_a_critic_that_dies_in_a_round_keeps_the_finished_ones(tmp_path, monkeyp
     assert any("does not answer" in text for text in made["warnings"])
     assert list(made["arms"]) == ["SFT"]
     trained = [name for name in tiny.manifests(tmp_path) if name.startswith("dpo-")]
-    monkeypatch.setattr(label, "judge", asked)
+    monkeypatch.setattr(label, "run", asked)
     assert tiny_rl.run(tmp_path, arms=["SFT", "rounds"], here=True) == 0
     assert [name for name in tiny.manifests(tmp_path) if name.startswith("dpo-")] == trained
     assert tiny.results(tmp_path)["rounds"]["rounds"][2]["win_rate"] is not None
