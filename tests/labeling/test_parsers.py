@@ -61,6 +61,8 @@ _GARBAGE = st.text(alphabet="cdefghijklnopqrstuvxyz 0123456789.,:;!?\n#*-", max_
 @pytest.mark.parametrize("name", CRITICS)
 @given(text=_GARBAGE)
 def test_garbage_is_never_a_label(name: str, text: str) -> None:
+    if {"1", "2"} <= set(PARSERS[name].options.tokens if PARSERS[name].needs_logprobs else ()):
+        text = text.translate({ord("1"): "3", ord("2"): "3"})  # there they are answers
     tokens = tuple(Token(word, -0.5, ((word, -0.5), ("zz", -3.0))) for word in text.split()) or (
         Token("zz", -0.1, (("zz", -0.1),)),
     )

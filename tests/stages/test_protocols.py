@@ -107,7 +107,8 @@ def test_a_teachers_revisions_are_its_targets(make, study) -> None:
         **tiny.TREE["teachers"],
         "reference": {"endpoint": "reviser", "revisions": 2},
     }
-    ctx = make(endpoints=ENDPOINTS, critics=CRITICS, teachers=teachers)
+    evaluation = {**tiny.TREE["evaluation"], "reference": "reference"}
+    ctx = make(endpoints=ENDPOINTS, critics=CRITICS, teachers=teachers, evaluation=evaluation)
     made = teach.run(ctx, prompts.run(ctx), teacher="reference", split="eval")
     targets = teach.read(made)
     assert all(len(target.meta["steps"]) == 2 for target in targets)
