@@ -211,6 +211,7 @@ def test_a_critic_that_dies_in_a_round_keeps_the_finished_ones(tmp_path, monkeyp
     assert tiny.results(tmp_path)["rounds"]["rounds"][2]["win_rate"] is not None
 
 
+@pytest.mark.slow
 def test_people_label_a_round_between_two_runs(tmp_path):
     copy_of(tmp_path)
     study = tmp_path / "runs" / "tiny"
