@@ -4,6 +4,8 @@ import argparse
 import json
 from collections.abc import Callable
 
+from laif_jax.records.errors import LaifError
+
 Verb = Callable[..., argparse.ArgumentParser]
 
 
@@ -215,6 +217,49 @@ def _canary(options: argparse.Namespace) -> int:
     return 0
 
 
+def _quality(options: argparse.Namespace) -> int:
+    from laif_jax.labeling.judged import Judged, read_files, read_store
+    from laif_jax.labeling.pair_files import read_pairs
+
+    judged = Judged()
+    if options.store is not None or not options.files:
+        options.store = options.store or "labels"
+        store = _open(options)
+        try:
+            read_store(store, judged)
+        finally:
+            store.close()
+    read_files(options.files, judged)
+    for path in options.pairs:
+        pairs = read_pairs(path)
+        if not judged.label(pairs):
+            raise LaifError(f"{path}: not one of its {len(pairs):,} pairs was judged here")
+    from laif_jax.studies.quality import quality
+
+    report = quality(judged, only=options.critic, own=options.own, samples=options.samples)
+    files = {}
+    if options.out is not None:
+        from etils import epath
+
+        from laif_jax.records import write_json
+        from laif_jax.studies.quality_report import write_quality_report
+
+        folder = epath.Path(options.out)
+        name = ", ".join([*([options.store] if options.store else []), *options.files])
+        files = {"quality": folder / "quality.json", "report": folder / "quality.html"}
+        write_json(files["quality"], report)
+        write_quality_report(files["report"], report, name=name)
+    if options.json:
+        print(json.dumps(report))
+        return 0
+    from laif_jax.studies.quality_report import quality_table
+
+    print(quality_table(report), end="")
+    for name, path in files.items():
+        print(f"{name}: {path}")
+    return 0
+
+
 def add_verbs(verb: Verb, to: argparse._SubParsersAction) -> None:
     """Adds the verbs below `laif label`."""
 
@@ -244,6 +289,27 @@ def add_verbs(verb: Verb, to: argparse._SubParsersAction) -> None:
     example = verb("example", _example, "write made-up pairs and a configuration that labels them", to)
     example.add_argument("folder", nargs="?", default=".")
     example.add_argument("--pairs", type=int, default=100, metavar="N", help="how many (default: 100)")
+    text = "how good the labels of a store are: agreement, biases, consistency, calibration; nobody is asked"
+    quality = verb("quality", _quality, text, to)
+    quality.add_argument("files", nargs="*", help="exports, or files of judgements, instead of a store")
+    quality.add_argument("--store", help="its folder or address (default: labels, if no file is given)")
+    quality.add_argument(
+        "--pairs", action="append", default=[], metavar="FILE", help="pairs with people's labels in `human`"
+    )
+    quality.add_argument("--critic", default="", metavar="TEXT", help="critics whose name or model holds it")
+    quality.add_argument(
+        "--own",
+        action="append",
+        default=[],
+        metavar="GENERATOR",
+        help="a generator that is the critic's model",
+    )
+    quality.add_argument("--out", metavar="FOLDER", help="write quality.json and quality.html there")
+    quality.add_argument(
+        "--samples", type=int, default=1000, help="resamples of the intervals (default: 1000)"
+    )
+    quality.add_argument("--json", action="store_true", help="one JSON object")
+    quality.set_defaults(new=False)
     text = "write a store's content to .jsonl, .jsonl.gz or .parquet"
     with_store("export", _export, text).add_argument("file")
     text = "add an export's content to a store; what it cost counts against no budget"

@@ -5,7 +5,7 @@ import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from laif_jax.config.base import Fraction, Positive, Spec
 
@@ -343,19 +343,37 @@ class LabelingSpec(Spec):
 
     Attributes:
       token_env: the *name* of the environment variable that holds the token of the service at `url`.
+      budget: a hard cap on what all calls from this store may cost, over all runs, as in "25USD"; "none" lifts it, None
+        leaves it as it was set before.
+      job_budget: a hard cap on each job: one stage's questions to one endpoint.
       min_coverage: least share of the items that must be answered; with fewer a stage ends, and keeps what came.
       max_wait: seconds that a stage waits, beyond each call's own attempts, for an endpoint that is down to come back,
         counted from its last answer, before it ends so.
+      probe: a drift probe: `shipped`, or a file of pairs, which each critic judges anew once a day.
     """
 
     url: str | None = None
     token_env: VariableName | None = None
     store: str | None = None
+    budget: str | None = None
+    job_budget: str | None = None
     poll: float = Field(default=0.2, gt=0)
     min_coverage: Fraction = 0.9
     max_wait: float = Field(default=300.0, ge=0)
+    probe: str | None = None
+
+    @field_validator("budget", "job_budget")
+    @classmethod
+    def _amount(cls, budget: str | None, info: ValidationInfo) -> str | None:
+        from laif_jax.labeling.budget import parse_money  # needs the database's package
+
+        if budget is not None and not (budget == "none" and info.field_name == "budget"):
+            parse_money(budget)
+        return budget
 
     def unused(self) -> dict[str, tuple[str, str]]:
         if self.url is None:
             return {"token_env": ("no `url`", "`url`, the address of a service that has a token")}
-        return {"store": ("`url`", "a service that `laif run` starts")}
+        ours = "a service that `laif run` starts"
+        held = f"{ours} (`laif serve labels --budget`, or `laif label budget`, sets the budget of another)"
+        return {"store": ("`url`", ours), "budget": ("`url`", held)}

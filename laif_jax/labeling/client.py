@@ -21,6 +21,7 @@ from laif_jax.records import Comparison, Completion, Judgement, Prompt, Rating
 
 log = logging.getLogger(__name__)
 Progress = Callable[[JobStatus], None]
+RAISED = 1.0  # seconds in which a job notices that its budget was raised
 _JSON = {"Content-Type": "application/json"}
 _completion: TypeAdapter[Completion | Failure] = TypeAdapter(Completion | Failure)
 
@@ -35,6 +36,7 @@ class LabelClient:
       poll: seconds between two looks at a running job.
       patience: seconds without an answer from the service, or without space for its store, that are waited out.
       token: what a service with a token asks for; see `access.read_token`.
+      job_budget: what each job may cost, over all its runs, as in "2.50USD".
       death: says how the service died, "" while it lives; then nobody waits for it (see `LabelService.client`).
     """
 
@@ -46,9 +48,11 @@ class LabelClient:
         patience: float = 30.0,
         death: Callable[[], str] | None = None,
         token: Key | None = None,
+        job_budget: str | None = None,
     ) -> None:
         self.url = url.rstrip("/")
         self.last_job = ""
+        self._job_budget = job_budget
         self._poll, self._patience, self._death = poll, patience, death or (lambda: "")
         # No proxy: the service is on this machine, or on one that the user named.
         self._http = httpx.Client(
@@ -116,6 +120,7 @@ class LabelClient:
         *,
         order: Literal["both", "seeded"] = "both",
         seed: int = 0,
+        probe: str = "",
         on_progress: Progress | None = None,
     ) -> list[Judgement]:
         """One judgement per comparison, in order; see `laif_jax.labeling.judge` for the rules.
@@ -123,6 +128,7 @@ class LabelClient:
         Args:
           critic: a shipped critic's name, a critic's folder on this machine, or a `Critic`.
           seed: draws the order for `order="seeded"`; no effect on "both".
+          probe: the round of a drift probe; see `laif_jax.labeling.probe`.
 
         Raises:
           CriticError: no such critic. LabelServiceError: see `complete`.
@@ -136,6 +142,7 @@ class LabelClient:
             comparisons=tuple(comparisons),
             order=order,
             seed=seed,
+            probe=probe,
         )
         status = self._run(job, on_progress)
         return [Judgement.model_validate_json(line) for line in self._lines(status.id)]
@@ -239,8 +246,10 @@ class LabelClient:
 
     def _run(self, job: Job, on_progress: Progress | None, limit: float | None = None) -> JobStatus:
         """The status of the job once it is done, or, still running, at the time `limit` (of the monotonic clock)."""
+        if self._job_budget is not None and job.budget is None:
+            job = job.model_copy(update={"budget": self._job_budget})
         body = job.model_dump_json().encode("utf-8", "surrogatepass")
-        submissions, stalled_since = 0, 0.0
+        submissions, stalled_since, submitted = 0, 0.0, 0.0
         status: JobStatus | None = None
         while True:
             if status is None:
@@ -253,16 +262,16 @@ class LabelClient:
                 status = JobStatus.model_validate(
                     self._request("POST", "/v1/jobs", limit=limit, content=body, headers=_JSON).json()
                 )
-                self.last_job = status.id
+                self.last_job, submitted = status.id, time.monotonic()
             if on_progress is not None:
                 on_progress(status)
             if status.state == "done":
                 return status
-            if status.state == "out_of_budget":
+            if status.state == "out_of_budget" and time.monotonic() > submitted + RAISED:
                 raise LabelServiceError(
                     f"labelling job {status.id} is out of budget: {status.done} of {status.total} items are done and "
-                    "kept. Raise the budget (`laif label budget AMOUNT --store STORE`); the job then goes on by "
-                    "itself, and running again waits for it"
+                    "kept. Raise the budget (`labeling.budget` or `labeling.job_budget` in the configuration, or `laif "
+                    "label budget AMOUNT --store STORE`) and run the same command again: it goes on from there"
                 )
             if status.state == "failed":
                 raise LabelServiceError(f"labelling job {status.id} failed: {status.reason}")

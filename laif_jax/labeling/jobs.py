@@ -11,6 +11,7 @@ from laif_jax.labeling.critic import Critic, load_critic, shipped_critics
 from laif_jax.labeling.errors import CriticError
 from laif_jax.labeling.judge import JudgeWork
 from laif_jax.labeling.judge_lists import ListJudgeWork
+from laif_jax.labeling.probe import ProbeWork
 from laif_jax.labeling.rate import RateWork
 from laif_jax.labeling.revise import Reviser, ReviseWork
 from laif_jax.labeling.store import Row
@@ -70,16 +71,21 @@ class CompleteJob(_PaidJob):
 
 
 class JudgeJob(_PaidJob):
-    """Judgements of comparisons. `critic`: the name of a shipped critic, or a critic in full."""
+    """Judgements of comparisons. `critic`: the name of a shipped critic, or a critic in full. `probe`: the round of a
+    drift probe: both orders are asked anew in each, and kept apart from the labels."""
 
     kind: Literal["judge"] = "judge"
     critic: str | Critic
     comparisons: tuple[Comparison, ...]
     order: Literal["both", "seeded"] = "both"
     seed: int = 0
+    probe: str = Field(default="", max_length=64)
 
     def work(self) -> Work:
         critic = _critic(self.critic)
+        if self.probe:
+            critic.require("comparison")
+            return ProbeWork(self.endpoint, critic, self.comparisons, self.probe)
         if critic.kind == "listwise":
             return ListJudgeWork(self.endpoint, critic, self.comparisons, self.order, self.seed)
         critic.require("comparison")

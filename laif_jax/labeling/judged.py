@@ -15,11 +15,11 @@ from laif_jax.evaluation.quality import Critic, Pair
 from laif_jax.labeling import schema
 from laif_jax.labeling.pair_facts import pair_facts
 from laif_jax.labeling.pair_files import LabelledPair
+from laif_jax.labeling.probe import PROBE
 from laif_jax.labeling.store import Store
 from laif_jax.records import DataError, Judgement, read_rows
 from laif_jax.records.io import PathLike
 
-PROBE = "probe"  # kind of the results of a drift probe
 CHUNK = 2000
 Round = dict[str, float | None]
 

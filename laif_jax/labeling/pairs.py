@@ -24,6 +24,7 @@ from laif_jax.labeling.errors import LabelServiceError
 from laif_jax.labeling.jobs import JudgeJob
 from laif_jax.labeling.local_servers import running
 from laif_jax.labeling.prices import cost, price_of
+from laif_jax.labeling.probe import ask_probe
 from laif_jax.labeling.service import start_service
 from laif_jax.labeling.store import Store
 from laif_jax.records import (
@@ -116,6 +117,7 @@ def label_pairs(
             endpoint, critic, comparisons, order=config.order, seed=config.seed, on_progress=on_progress
         )
         status = client.status(client.last_job)
+        ask_probe(client, endpoint, critic, config.labeling.probe)
     write_jsonl(config.labels, _labelled(rows, judgements, endpoint))
     agreement, count = _agreement(config.pairs, rows, judgements)
     return LabelledFile(
@@ -133,15 +135,15 @@ def client_of(spec: LabelingSpec, budget: str | None = None) -> Generator[LabelC
     """A client of the service at `spec.url`, or of one that runs as long as the block."""
     if spec.url is None:
         with (
-            start_service(spec.store or "labels", budget=budget) as service,
-            service.client(spec.poll) as client,
+            start_service(spec.store or "labels", budget=budget or spec.budget) as service,
+            service.client(spec.poll, spec.job_budget) as client,
         ):
             yield client
         return
     token = read_token(spec.token_env)
     if spec.token_env is not None and token is None:
         raise LabelServiceError(f"labeling.token_env: the environment variable {spec.token_env} is not set")
-    with LabelClient(spec.url, poll=spec.poll, token=token) as client:
+    with LabelClient(spec.url, poll=spec.poll, token=token, job_budget=spec.job_budget) as client:
         yield client
 
 

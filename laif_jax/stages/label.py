@@ -13,6 +13,7 @@ from laif_jax.evaluation.labels import label_summary
 from laif_jax.labeling.critic import Critic, load_critic, shipped_critics
 from laif_jax.labeling.panel import Panel, Voice, ask_panel
 from laif_jax.labeling.preferences import to_preferences
+from laif_jax.labeling.probe import ask_probe
 from laif_jax.parallel import distributed
 from laif_jax.records import Comparison, Completion, Judgement, Preference, Prompt, read_jsonl, write_jsonl
 from laif_jax.stages import prompts as prompts_stage
@@ -132,6 +133,8 @@ def _ask(ctx: Context, spec: VoiceSpec, comparisons: list[Comparison], *, cost: 
 
     final = ask_patiently(ask, spec.endpoint, ctx.config.labeling)
     single = client.judgements() if spec.order == "both" else []
+    if ctx.config.labeling.probe:
+        ask_probe(client, ctx.services.endpoint(spec.endpoint), critic, ctx.config.labeling.probe)
     if cost:
         endpoint = ctx.config.endpoints[spec.endpoint]
         final = [j.model_copy(update={"cost": cost_of(j.usage, endpoint)}) for j in final]
