@@ -88,7 +88,7 @@ def _rounds(replicate: Replicate, arm: str, outcomes: Outcomes) -> list[dict[str
         row: dict[str, Any] = {"seed": replicate.seed, "round": each.number}
         begin = outcomes[each.begin].artifact
         if begin is None:
-            rows.append(row | {"begun": False, "reason": outcomes[each.begin].error})
+            rows.append(row | {"begun": None, "reason": outcomes[each.begin].error})
             continue
         row |= {"begun": begin.metrics["begun"], "reason": begin.metrics["reason"]}
         if row["begun"]:
