@@ -5,6 +5,7 @@ import contextlib
 import logging
 from datetime import UTC, datetime
 
+from laif_jax.labeling.budget import set_cap
 from laif_jax.labeling.errors import LabelError
 from laif_jax.labeling.jobs import JobStatus, job_request
 from laif_jax.labeling.metrics import Meters
@@ -46,6 +47,8 @@ class Runner:
           EndpointError: the endpoint cannot be used, or has no price although there is a budget.
         """
         if work.id in self._jobs:
+            if cap is not None:  # perhaps another one than before
+                self.store.do(lambda connection: set_cap(connection, work.id, cap))
             return self._jobs[work.id][0].status
         party = self.scheduler.party(work.id, work.endpoint)
         if cap is not None or self.store.account().cap is not None:

@@ -131,8 +131,8 @@ class LabelService:
     def pid(self) -> int:
         return self.process.pid
 
-    def client(self, poll: float = 0.2) -> LabelClient:
-        return LabelClient(self.url, poll=poll, death=self.process.death)
+    def client(self, poll: float = 0.2, job_budget: str | None = None) -> LabelClient:
+        return LabelClient(self.url, poll=poll, death=self.process.death, job_budget=job_budget)
 
 
 @contextlib.contextmanager

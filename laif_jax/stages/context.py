@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -52,15 +53,23 @@ class Services(contextlib.AbstractContextManager):
                     f"labeling.token_env: the environment variable {spec.token_env} is not set. Set it to the token of "
                     f"the service at {spec.url}"
                 )
-            return self._stack.enter_context(LabelClient(spec.url, poll=spec.poll, token=token))
+            client = LabelClient(spec.url, poll=spec.poll, token=token, job_budget=spec.job_budget)
+            return self._stack.enter_context(client)
         store = spec.store or str(self._root / "labels")
         if "://" in store:
             raise StageError(
                 f"the labelling store cannot be at {store}: it needs a disk of this machine. Set `labeling.store` to a "
                 "folder that outlives the machine's job, or `labeling.url` to a service that runs elsewhere"
             )
-        service = self._stack.enter_context(start_service(store))
-        return self._stack.enter_context(service.client(poll=spec.poll))
+        service = self._stack.enter_context(start_service(store, budget=spec.budget))
+        return self._stack.enter_context(service.client(spec.poll, spec.job_budget))
+
+    @property
+    def store(self) -> Path | None:
+        """The folder of the labelling store; None if the service is another's."""
+        if self._config.labeling.url is not None:
+            return None
+        return Path(self._config.labeling.store or str(self._root / "labels"))
 
     def endpoint(self, name: str) -> Endpoint:
         """The endpoint as the labelling service can reach it; starts the local server that it needs, once.
