@@ -85,6 +85,7 @@ def read_lines(content: bytes) -> list[dict[str, Any]]:
 
 
 def as_exchange(status: int, body: Any) -> Exchange:
+    """A row of a batch's results as the answer to a call of its own, which a wire can read."""
     return Exchange(status, {}, json.dumps(body, ensure_ascii=False).encode("utf-8", "replace"))
 
 
