@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 TOKEN = "a-token-for-tests-0123456789abcdef"
@@ -14,7 +14,7 @@ TOKEN = "a-token-for-tests-0123456789abcdef"
 @contextlib.contextmanager
 def served(
     store: Path, *options: str, env: dict[str, str] | None = None
-) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+) -> Generator[tuple[str, subprocess.Popen[bytes]]]:
     """The address and the process of `python -m laif_jax.labeling serve`; its log is `serve.log` beside the store."""
     ready = store.with_name(store.name + ".ready")
     log = store.with_name(store.name + ".log")

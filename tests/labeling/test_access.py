@@ -3,7 +3,7 @@
 import contextlib
 import http.client
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,7 @@ HELD = [
 
 
 @contextlib.contextmanager
-def app(folder: Path, **rest) -> Iterator[TestClient]:
+def app(folder: Path, **rest) -> Generator[TestClient]:
     with TestClient(create_app(Store(folder), **rest), raise_server_exceptions=False) as client:
         yield client
 

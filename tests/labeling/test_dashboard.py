@@ -189,7 +189,7 @@ def test_metrics_are_what_happened(service: str) -> None:
     time.sleep(1.5)  # counts of the store are read once a second
     answer = httpx.get(service + "/metrics")
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
-    found: dict[str, dict[tuple[str, ...], float]] = {}
+    found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
     for family in text_string_to_metric_families(answer.text):
         for sample in family.samples:
             found.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value

@@ -1,7 +1,9 @@
 """Real processes: an orderly stop, logs in JSON, and no key in anything that a run leaves behind."""
 
+import contextlib
 import json
 import signal
+import sqlite3
 import threading
 import time
 from pathlib import Path
@@ -157,7 +159,8 @@ def test_nothing_that_a_run_leaves_behind_holds_a_key_or_the_token(tmp_path: Pat
     try:
         for name in ("export.jsonl", "export.parquet"):
             export_store(store, left / name)
-        shown += ["\n".join(store.engine.raw_connection().driver_connection.iterdump()).encode()]
+        with contextlib.closing(sqlite3.connect(store.path)) as database:
+            shown.append("\n".join(database.iterdump()).encode())
     finally:
         store.close()
     lines = (left / "store.log").read_text().splitlines()
