@@ -22,6 +22,7 @@ from laif_jax.labeling.critic import Critic, instruction_text
 from laif_jax.labeling.prices import cost, price_of
 from laif_jax.labeling.revise import load_reviser
 from laif_jax.records import Prompt, Usage
+from laif_jax.records.errors import LaifError
 from laif_jax.stages.context import Services, StudyContext
 from laif_jax.stages.label import load_voice
 from laif_jax.stages.split import sft_count
@@ -35,7 +36,8 @@ _LABELS = re.compile(r"labels by (.+), policy vs (policy|teacher), sft (.+) (\d+
 
 @dataclasses.dataclass
 class PlanRow:
-    """What one role asks of one endpoint. `nanos`: nano-dollars; None: its price is not known."""
+    """What one role asks of one endpoint. `nanos`: nano-dollars; None: its price is not known. `critic`: its data
+    file's name; "" of a teacher."""
 
     role: str
     name: str
@@ -47,6 +49,7 @@ class PlanRow:
     nanos: int | None = None
     seconds: float = 0.0
     warning: str = ""
+    critic: str = ""
 
     def add(self, calls: int, prompt_tokens: int, completion_tokens: int) -> None:
         self.calls += calls
@@ -92,6 +95,7 @@ class _Planner:
             str, set[str]
         ] = {}  # prompts by teacher: the same one is asked once, whatever the replicate
         self.unknown: set[str] = set()
+        self.failed: dict[str, str] = {}  # why a stage could not be planned
         self.strong: set[str] = set()  # second tiers
 
     def plan(self) -> Plan:
@@ -111,7 +115,10 @@ class _Planner:
             names = {node.name for node in ordered(replicate.targets())}
             self._teachers(builder, names, train, evaluation)
             for name in sorted(names):
-                self._stage(name, train, evaluation)
+                try:
+                    self._stage(name, train, evaluation)
+                except LaifError as error:
+                    self.failed[name] = str(error)
         for row in self.rows.values():
             self._finish(row)
         return Plan(list(self.rows.values()), self._notes())
@@ -179,11 +186,15 @@ class _Planner:
             if isinstance(voice, StrongSpec):
                 shown = f"{name} > {voice.endpoint}"
                 self.strong.add(shown)
-            self._ask(self._row(role, shown, voice.endpoint), voice, prompts, answers)
+            critic = load_voice(voice)
+            row = self._row(role, shown, voice.endpoint, critic.name)
+            self._ask(row, voice, critic, prompts, answers)
 
-    def _ask(self, row: PlanRow, voice: VoiceSpec, prompts: Sequence[Prompt], answers: int) -> None:
+    def _ask(
+        self, row: PlanRow, voice: VoiceSpec, critic: Critic, prompts: Sequence[Prompt], answers: int
+    ) -> None:
         """One critic's calls: a verdict per sample and order, and the rationale before it where one is asked for."""
-        critic, orders = load_voice(voice), 2 if voice.order == "both" else 1
+        orders = 2 if voice.order == "both" else 1
         first, verdict = _fixed_tokens(critic)
         thought = critic.rationale.max_tokens if critic.rationale else 0
         for prompt in prompts:
@@ -196,9 +207,9 @@ class _Planner:
 
     # ---- money and time ------------------------------------------------------------------------------------------
 
-    def _row(self, role: str, name: str, endpoint: str) -> PlanRow:
+    def _row(self, role: str, name: str, endpoint: str, critic: str = "") -> PlanRow:
         spec = self.config.endpoints[endpoint]
-        return self.rows.setdefault((role, name), PlanRow(role, name, endpoint, spec.model))
+        return self.rows.setdefault((role, name), PlanRow(role, name, endpoint, spec.model, critic=critic))
 
     def _finish(self, row: PlanRow) -> None:
         spec, today = self.config.endpoints[row.endpoint], datetime.datetime.now(datetime.UTC).date()
@@ -222,6 +233,7 @@ class _Planner:
         ]
         if self.unknown:
             notes.append(f"not counted, because it depends on the run: {', '.join(sorted(self.unknown))}")
+        notes += [f"could not be planned: `{name}`: {why}" for name, why in sorted(self.failed.items())]
         if self.config.evaluation.agreement:
             notes.append("not counted: the judge's agreement with human labels")
         return notes

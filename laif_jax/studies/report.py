@@ -16,6 +16,7 @@ from rich.console import Console
 from laif_jax.studies.answer import PAPER_CONTEXT
 from laif_jax.studies.figures import arms_figure, comparisons_figure, curves_figure
 from laif_jax.studies.rl_figures import kl_figure, ppo_figure, reward_figure, rounds_figure
+from laif_jax.studies.spending import spending_rows
 from laif_jax.studies.table import is_laif, number, percent, printable, ranked_comparisons, results_table
 
 FOREST_ROWS = 14  # comparisons drawn; all are in the table
@@ -52,6 +53,11 @@ def print_results(results: Mapping[str, Any], files: Mapping[str, Any]) -> None:
     console.file.write(text + "".join(f"{name}: {path}\n" for name, path in files.items()))
 
 
+def print_text(text: str) -> None:
+    """Prints text that came from the study's own files, to standard output."""
+    Console(highlight=False).file.write(f"{printable(text)}\n")
+
+
 def render(
     results: Mapping[str, Any],
     curves: Mapping[str, Any],
@@ -73,6 +79,8 @@ def render(
         labels=[label_row(name, row) for name, row in (results.get("labels") or {}).items()],
         stages=results.get("stages") or [],
         stage_totals=stage_totals(results.get("stages") or []),
+        spending=results.get("spending") or {},
+        spending_rows=spending_rows(results["spending"]) if results.get("spending") else [],
         samples=samples,
         settings=_settings(results),
         figures={
@@ -181,6 +189,7 @@ def _settings(results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def environment() -> jinja2.Environment:
+    """Where the pages' templates come from, with their filters."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("laif_jax.studies"),
         autoescape=True,

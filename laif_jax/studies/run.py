@@ -1,5 +1,6 @@
 """`laif run`: a whole study, from its YAML file to its report."""
 
+import datetime
 import json
 import logging
 from collections.abc import Sequence
@@ -10,15 +11,19 @@ from etils import epath
 from laif_jax.config import StudyConfig, dump_config, load_config
 from laif_jax.config.load import expand_arms
 from laif_jax.labeling.critic import load_critic
+from laif_jax.labeling.prices import need_price
 from laif_jax.parallel import distributed
 from laif_jax.parallel.mesh import make_mesh
 from laif_jax.records import write_json
+from laif_jax.records.errors import LaifError
 from laif_jax.stages.artifact import StageError
 from laif_jax.stages.context import Services, StudyContext
 from laif_jax.studies.graph import Node, Outcome, execute
 from laif_jax.studies.laif import Replicate, build
-from laif_jax.studies.report import print_results, write_report
+from laif_jax.studies.plan import Plan, plan_study, show_plan
+from laif_jax.studies.report import print_results, print_text, write_report
 from laif_jax.studies.results import Collected, collect
+from laif_jax.studies.spending import spending
 from laif_jax.training.step import enable_compilation_cache
 
 logger = logging.getLogger(__name__)
@@ -41,10 +46,13 @@ def run_study(config_path: str, overrides: Sequence[str] = ()) -> int:
     # Critics are first used after training, and what is wrong with one should be known before.
     distributed.from_main(lambda: _check_critics(config))
     enable_compilation_cache()
-    root = study_folder(config)
+    root, plan = study_folder(config), None
     if distributed.is_main():
         root.mkdir(parents=True, exist_ok=True)
         (root / "config.yaml").write_text(dump_config(config))
+
+        plan = _plan(config)
+        write_json(root / "plan.json", plan.to_json() if plan else {"rows": [], "nanos": None})
 
     with Services(config, root) as services:
         replicates = [
@@ -55,12 +63,32 @@ def run_study(config_path: str, overrides: Sequence[str] = ()) -> int:
     failed = any(outcome.artifact is None for outcome in outcomes.values())
     if distributed.is_main():
         collected = collect(config, config_path, replicates, outcomes)
+        collected.results["spending"] = spending(config, plan, services.store)
         kept = {"curves": collected.curves, "samples": collected.samples, "figures": collected.figures}
         write_json(root / "report" / "data.json", kept)
         write_json(root / "results.json", collected.results)
         page = _write_page(root, collected)
         print_results(collected.results, {"results": root / "results.json", "report": page})
     return 1 if failed else 0
+
+
+def _plan(config: StudyConfig) -> Plan | None:
+    """What the study will ask for, printed before anything is sent; None if that cannot be told, which stops nothing.
+
+    Raises:
+      EndpointError: there is a budget, and a model without a price.
+    """
+    try:
+        plan = plan_study(config)
+    except (LaifError, OSError) as error:
+        logger.warning("what this study will ask for cannot be told: %s", error)
+        return None
+    if plan.rows:
+        print_text(f"planned, before anything is sent:\n{show_plan(plan)}")
+    if config.labeling.budget not in (None, "none") or config.labeling.job_budget:
+        for row in plan.rows:
+            need_price(config.endpoints[row.endpoint], datetime.datetime.now(datetime.UTC).date())
+    return plan
 
 
 def _check_critics(config: StudyConfig) -> None:

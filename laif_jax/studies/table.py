@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from laif_jax.studies.spending import spending_rows
+
 # Control characters but tab and line break (escape sequences are made of them), and halves of surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 COMPARISONS_SHOWN = 12  # in the terminal; the report has all
@@ -68,6 +70,8 @@ def results_table(results: Mapping[str, Any], *, width: int = 110, color: bool =
     parts: list[Any] = [_arms(results)]
     if results.get("comparisons"):
         parts.append(_comparisons(results))
+    if (results.get("spending") or {}).get("rows"):
+        parts.append(_spending(results["spending"]))
     parts += [Text(f"{line}\n") for line in _answer_lines(results)]
     console.print(Group(*parts))
     return buffer.getvalue()
@@ -122,6 +126,21 @@ def _comparisons(results: Mapping[str, Any]) -> Table:
         table.add_row(escape(f"{row['a']} - {row['b']}"), *cells, number(row.get("n"), 0))
     if len(rows) > COMPARISONS_SHOWN:
         table.caption = f"{len(rows) - COMPARISONS_SHOWN} more in the report"
+    return table
+
+
+def _spending(found: Mapping[str, Any]) -> Table:
+    table = Table(
+        title="Calls to other models: planned, spent", box=box.SIMPLE, collapse_padding=True, pad_edge=False
+    )
+    table.add_column("who", overflow="fold")
+    for name in ("calls", "spent", "tokens", "spent", "dollars", "spent"):
+        table.add_column(name, justify="right")
+    for row in spending_rows(found):
+        cells = [
+            row[f"{side}_{name}"] for name in ("calls", "tokens", "money") for side in ("planned", "spent")
+        ]
+        table.add_row(escape(row["who"]), *cells)
     return table
 
 
