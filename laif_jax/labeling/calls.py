@@ -1,7 +1,6 @@
 """A call: what is sent to an endpoint, and the key under which its answer is kept."""
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from laif_jax.labeling.parsers import Parser
 from laif_jax.labeling.rating import RatingParser
 from laif_jax.labeling.wires import WIRES
 from laif_jax.records import content_id
+from laif_jax.records.hashing import canonical_json
 
 KEY_VERSION = 1  # part of every request key: raise it if the meaning of a stored request changes
 
@@ -236,7 +236,7 @@ class Call:
         WIRES[endpoint.provider].check(self.params)
         if endpoint.provider == "simulated" and self.truth is not None:
             value["truth"] = [self.truth.format_id, *self.truth.quality]
-        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        text = canonical_json(value)
         # A lone surrogate (half an emoji cut by truncation) is not UTF-8; SQLite and HTTP need UTF-8.
         data = text.encode("utf-8", "surrogatepass")
         object.__setattr__(self, "request", data.decode("utf-8", "replace"))

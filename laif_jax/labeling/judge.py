@@ -24,7 +24,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from laif_jax.labeling.calls import Call, Endpoint, Truth
@@ -51,7 +51,12 @@ def orders(comparison: Comparison, order: Literal["both", "seeded"], seed: int) 
         return ()
     if order == "both":
         return ("ab", "ba")
-    digest = hashlib.sha256(f"{seed}:{comparison.id}".encode()).digest()
+    return _seeded(seed, comparison.id)
+
+
+@lru_cache(maxsize=4096)  # asked for when a call is made, and when it is answered
+def _seeded(seed: int, comparison_id: str) -> tuple[Order, ...]:
+    digest = hashlib.sha256(f"{seed}:{comparison_id}".encode()).digest()
     return ("ba",) if digest[0] & 1 else ("ab",)
 
 

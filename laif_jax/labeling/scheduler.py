@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 BACKOFF_FIRST = 0.5  # seconds before the second attempt; doubles with each further one
 BACKOFF_MOST = 30.0
 RETRY_AFTER_MOST = 600.0
+_body_json = json.JSONEncoder(ensure_ascii=False).encode
 _THROTTLED = {"rate_limited", "overloaded"}
 
 
@@ -211,7 +212,7 @@ class Scheduler:
         )
         row: Row = {
             "key": call.key,
-            "body": json.dumps(body, ensure_ascii=False).encode("utf-8", "replace").decode(),
+            "body": _body_json(body).encode("utf-8", "replace").decode(),
             "model": answer.model,
             "system_fingerprint": answer.fingerprint,
             "latency": latency,

@@ -6,6 +6,11 @@ from typing import Any
 
 from etils import epath
 
+# `json.dumps` with options makes an encoder for each call.
+canonical_json = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+).encode
+
 
 def fingerprint(value: Any) -> str:
     """Full SHA-256 (hex) of a JSON-able value, in canonical form (sorted keys, no spaces, UTF-8).
@@ -14,8 +19,7 @@ def fingerprint(value: Any) -> str:
       TypeError: `value` holds something that is not JSON.
       ValueError: `value` holds NaN or an infinity, which have no canonical JSON form.
     """
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def content_id(value: Any) -> str:

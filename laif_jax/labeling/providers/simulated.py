@@ -56,6 +56,7 @@ import hashlib
 import math
 import random
 import re
+import struct
 from functools import lru_cache
 from typing import Any
 
@@ -80,10 +81,13 @@ _REFUSAL = "I am sorry, but I cannot help with that request."
 _GARBAGE = "zxq 8814 lorem?? --- ipsum 27"
 
 
+_EIGHT = struct.Struct(">8Q")
+
+
 def _draws(*content: Any) -> list[float]:
     """Eight uniform numbers in [0, 1), a pure function of the content."""
     digest = hashlib.blake2b(repr(content).encode("utf-8", "surrogatepass")).digest()
-    return [int.from_bytes(digest[i : i + 8], "big") / 2**64 for i in range(0, 64, 8)]
+    return [number / 2**64 for number in _EIGHT.unpack(digest)]
 
 
 @lru_cache(maxsize=65536)
