@@ -168,6 +168,28 @@ def test_the_report_shows_all_of_it(study):
         assert figure in page
 
 
+def test_a_critic_that_rates_is_itself_the_reward(tmp_path):
+    copy_of(tmp_path)
+    arm = {**tiny_rl.FROM, "name": "direct", "optimize": "ppo", "reward": "critic", "critic": "rater"}
+    changes = tiny_rl.without_sections("ppo") | {
+        "ppo": {**tiny_rl.PPO, "value_init": "policy"},
+        "critics": {"rater": {"endpoint": "strong", "critic": "rating_1_10"}},
+    }
+    assert tiny_rl.run(tmp_path, f"arms={json.dumps([tiny_rl.ARMS[0], arm])}", **changes) == 0
+    made = tiny.results(tmp_path)
+    assert set(made["arms"]) == {"SFT", "direct"}
+    (row,) = stages(made, "ppo")
+    folder = tmp_path / "runs" / "tiny" / f"{row['kind']}-{row['key']}"
+    rows = [json.loads(line) for line in (folder / "train" / "metrics.jsonl").read_text().splitlines()]
+    for trained in (row for row in rows if row["step"] > 0):
+        # Expected scores of the scale from 1 to 10, taken to [-1, 1]; every response was rated.
+        assert trained["objective/ratings_ok"] == trained["rewards/rows"] == 8
+        assert -1.0 <= trained["objective/scores"] <= 1.0
+        assert trained["objective/scores"] == pytest.approx(
+            (trained["objective/ratings_score"] - 5.5) / 4.5, abs=1e-5
+        )
+
+
 # ---- rounds that stop ------------------------------------------------------------------------------------------
 
 

@@ -74,8 +74,13 @@ def _only(names: list[str]) -> dict[str, Any]:
     """Some arms, without the sections that no other arm reads."""
     arms = [arm for arm in ARMS if arm["name"] in names]
     used = {section for arm in arms for section in SECTIONS[arm.get("optimize", "none")]}
+    return {"arms": arms} | without_sections(*used)
+
+
+def without_sections(*kept: str) -> dict[str, Any]:
+    """What takes away the questions, and all sections that only some arms read but `kept`."""
     every = {section for sections in SECTIONS.values() for section in sections}
-    return {"arms": arms, "questions": [], **dict.fromkeys(every - used, ...)}
+    return {"questions": [], **dict.fromkeys(every - set(kept), ...)}
 
 
 @functools.cache
