@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from laif_jax.config.base import Fraction, Positive, Spec
+from laif_jax.config.money import parse_money
 
 _NOT_OPTIONS = {
     "model",
@@ -365,8 +366,6 @@ class LabelingSpec(Spec):
     @field_validator("budget", "job_budget")
     @classmethod
     def _amount(cls, budget: str | None, info: ValidationInfo) -> str | None:
-        from laif_jax.labeling.budget import parse_money  # needs the database's package
-
         if budget is not None and not (budget == "none" and info.field_name == "budget"):
             parse_money(budget)
         return budget

@@ -5,50 +5,29 @@ upper bound of what its call can cost, and no call is sent before its reservatio
 answer we have (time-out, cut body, killed worker) may still be on the bill: its reservation becomes `presumed`.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from laif_jax.config.money import NANOS, BudgetError, parse_money, show_money
 from laif_jax.labeling.calls import Call
-from laif_jax.labeling.errors import LabelError
 from laif_jax.labeling.schema import budgets
 
+__all__ = [
+    "NANOS",
+    "SERVICE",
+    "UNLIMITED",
+    "Account",
+    "BudgetError",
+    "most_completion",
+    "most_tokens",
+    "parse_money",
+    "show_money",
+]
 SERVICE = "service"
-NANOS = 10**9  # per dollar
 UNLIMITED = 32_768  # tokens that are reserved for a completion whose request names no limit
-_MONEY = re.compile(r"^\s*(?:\$|usd)?\s*(\d[\d_]*(?:\.\d+)?)\s*(?:usd|\$|dollars?)?\s*$", re.IGNORECASE)
-
-
-class BudgetError(LabelError, ValueError):
-    """An amount of money that cannot be read."""
-
-
-def parse_money(value: str) -> int:
-    """Nano-dollars of "25USD", "$0.50", "1200" (dollars); fractions below a nano-dollar are cut off.
-
-    Raises:
-      BudgetError: anything else.
-    """
-    match = _MONEY.match(value)
-    try:
-        return int(Decimal((match.group(1) if match else "").replace("_", "")) * NANOS)
-    except InvalidOperation as error:
-        raise BudgetError(
-            f"{value!r} is no amount of US dollars; write for example 25USD or 0.50USD"
-        ) from error
-
-
-def show_money(nanos: int | None) -> str:
-    """Dollars, with the digits that matter: $25.00, $0.0031."""
-    if nanos is None:
-        return "unknown"
-    dollars = Decimal(nanos) / NANOS
-    digits = 2 if nanos == 0 or abs(dollars) >= 1 else 4 if abs(dollars) >= Decimal("0.001") else 9
-    return f"${dollars:,.{digits}f}"
 
 
 def most_tokens(messages: Iterable[dict[str, str]]) -> int:
