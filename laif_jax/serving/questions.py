@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from laif_jax.labeling.critic import Critic, load_critic, shipped_critics
+from laif_jax.labeling.errors import CriticError
 from laif_jax.records import Message
 from laif_jax.records.errors import LaifError
 
@@ -98,21 +99,39 @@ def _pattern(parts: tuple[str, ...], known: tuple[tuple[str, str], ...], lazy: b
     return re.compile("".join(pieces), re.DOTALL)
 
 
+def answerable(critic: Critic) -> bool:
+    """Whether two scores answer the critic's question: it compares two responses, at once, and shows nothing but them
+    and the instruction. A rationale, a principle, "which is worse?" or delimiters are for models that read."""
+    asks_more = critic.rationale or critic.principles or critic.examples or critic.invert or critic.delimiters
+    return critic.kind == "comparison" and not asks_more
+
+
+def readable_critics() -> list[str]:
+    """The shipped critics that a reward model can answer."""
+    return [name for name in shipped_critics("comparison") if answerable(load_critic(name))]
+
+
 class QuestionReader:
     """Reads the questions of a set of critics.
 
     Args:
-      critics: names of shipped critics, or folders; None: all shipped critics that compare two responses.
+      critics: names of shipped critics, or folders; None: all shipped critics that are `answerable`.
 
     Raises:
-      CriticError: no such critic, or one that rates single responses.
+      CriticError: no such critic, or one whose question two scores do not answer.
     """
 
     def __init__(self, critics: Iterable[str] | None = None) -> None:
-        names = list(critics) if critics is not None else shipped_critics("comparison")
+        names = list(critics) if critics is not None else readable_critics()
         loaded = [load_critic(name) for name in names]
         for critic in loaded:
             _ = critic.reader  # raises if it rates
+            if not answerable(critic):
+                raise CriticError(
+                    f"critic `{critic.name}` asks for more than a comparison of two texts (a rationale, a principle, "
+                    "examples, delimiters or the worse one), which a reward model cannot answer; use one of "
+                    f"{', '.join(readable_critics())}"
+                )
         self._forms = [_Form.of(critic) for critic in loaded]
         self.critics = [critic.name for critic in loaded]
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from laif_jax.config.rl import RewardSpec
 from laif_jax.labeling.answers import read_answer
 from laif_jax.labeling.critic import Critic, instruction_text, load_critic, shipped_critics
+from laif_jax.labeling.errors import CriticError
 from laif_jax.models.reward import load_reward_model, save_reward_model, start_reward_model
 from laif_jax.records import Message, Prompt, Status
 from laif_jax.rollout.rewards import RewardScorer, encode_response
@@ -26,12 +27,13 @@ from laif_jax.serving.questions import (
     QuestionError,
     QuestionReader,
     conversation,
+    readable_critics,
 )
 from laif_jax.serving.reward import answer, create_reward_app
 from laif_jax.serving.server import ServingError, serve_model
 from tests.serving.conftest import client_of, make_model
 
-CRITICS = shipped_critics("comparison")
+CRITICS = readable_critics()
 READER = QuestionReader()
 
 
@@ -66,6 +68,15 @@ def nasty(critic: Critic) -> st.SearchStrategy[str]:
 
 
 # ---- questions -------------------------------------------------------------------------------------------------
+
+
+def test_critics_that_ask_for_more_than_two_scores_say_are_refused() -> None:
+    more = sorted(set(shipped_critics("comparison")) - set(CRITICS))
+    assert {"rlaif_cot", "rlaif_harmless", "constitutional"} <= set(more)
+    assert {"ab_logprob", "laif_basic", "pairwise_json"} <= set(CRITICS)
+    for name in more:
+        with pytest.raises(CriticError, match="a reward model cannot answer"):
+            QuestionReader([name])
 
 
 @pytest.mark.parametrize("name", CRITICS)
