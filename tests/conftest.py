@@ -1,8 +1,19 @@
 """Set before any test imports JAX: the CPU backend, split into eight simulated devices for the sharding tests."""
 
 import os
+import sys
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAG = "--xla_force_host_platform_device_count"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs_are_let_go():
+    """XLA maps the code of every compiled program; some thousands in one process end at the kernel's limit of maps."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from laif_jax.config import RunConfig, StudyConfig
+from laif_jax.config import EndpointSpec, RunConfig, StudyConfig
 from laif_jax.labeling.access import read_token
 from laif_jax.labeling.calls import Endpoint
 from laif_jax.labeling.client import LabelClient
@@ -21,6 +21,13 @@ from laif_jax.parallel import distributed, mesh
 from laif_jax.stages.artifact import StageError
 
 logger = logging.getLogger(__name__)
+
+
+def with_weights(spec: EndpointSpec) -> EndpointSpec:
+    """The endpoint with the path of its weights, where `gguf` is a name that `laif fetch` knows."""
+    if spec.gguf not in fetch.KNOWN:
+        return spec
+    return spec.model_copy(update={"gguf": str(fetch.fetch_gguf(spec.gguf).path)})
 
 
 class Services(contextlib.AbstractContextManager):
@@ -77,9 +84,7 @@ class Services(contextlib.AbstractContextManager):
         A `gguf` that is a name which `laif fetch` knows is fetched first.
         """
         if name not in self._endpoints:
-            spec = self._config.endpoints[name]
-            if spec.gguf in fetch.KNOWN:
-                spec = spec.model_copy(update={"gguf": str(fetch.fetch_gguf(spec.gguf).path)})
+            spec = with_weights(self._config.endpoints[name])
             self._endpoints[name] = self._stack.enter_context(running(spec))
         return self._endpoints[name]
 

@@ -14,6 +14,7 @@ from laif_jax.labeling.calls import Endpoint
 from laif_jax.labeling.errors import LabelError
 from laif_jax.labeling.local_servers import weights_id
 from laif_jax.labeling.store import Store
+from laif_jax.stages.context import with_weights
 from laif_jax.studies.plan import Plan, PlanRow
 
 COUNTS = ("calls", "prompt_tokens", "completion_tokens")
@@ -105,6 +106,7 @@ def _planned(config: StudyConfig, plan: Plan | None) -> dict[Group, tuple[dict[s
 def _key(spec: EndpointSpec) -> str:
     """The key under which the store knows an endpoint; a local model's is in its weights, not in its address."""
     if spec.provider in ("llama_cpp", "checkpoint"):
+        spec = with_weights(spec)
         return Endpoint.from_spec(spec, base_url="http://127.0.0.1/v1", identity=weights_id(spec)).key
     return Endpoint.from_spec(spec).key
 
