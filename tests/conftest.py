@@ -1,5 +1,6 @@
 """Set before any test imports JAX: the CPU backend, split into eight simulated devices for the sharding tests."""
 
+import logging
 import os
 import sys
 
@@ -17,3 +18,13 @@ def _compiled_programs_are_let_go():
     yield
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def _logs_are_left_as_they_were():
+    """A command that sets up the log of its process does so here in the process of all tests."""
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = [handler for handler in root.handlers if handler in before]
+    root.setLevel(level)
