@@ -253,15 +253,9 @@ class _Run:
         if timed:  # the first iteration's time is compilation
             row |= self.speed(rolled, sum(seconds.values()))
         if spec.kl.target is not None:
-            self.kl_coef = float(
-                adaptive_kl(
-                    self.kl_coef,
-                    row["objective/kl"] or 0.0,
-                    spec.kl.target,
-                    spec.kl.horizon,
-                    self.layout.rows,
-                )
-            )
+            # Rows without a score are not in `objective/kl`, so they are no episodes here either.
+            kl, rows = row["objective/kl"] or 0.0, row["rewards/rows"]
+            self.kl_coef = float(adaptive_kl(self.kl_coef, kl, spec.kl.target, spec.kl.horizon, rows))
         return state, row
 
     def speed(self, rolled: Rolled, seconds: float) -> dict[str, float]:

@@ -134,11 +134,14 @@ def test_rows_that_are_not_rated_do_not_count_and_reward_models_and_functions_ar
         scores, ok = reward(prompts, completions)
         return np.where(np.arange(len(ok)) % 2, scores, np.nan), np.arange(len(ok)) % 2 == 1
 
-    options = spec(**OPTIONS | {"iterations": 1})
+    options = spec(**OPTIONS | {"iterations": 1, "kl": {"coef": 0.02, "target": 1.0, "horizon": 100}})
     made = models(options, scorers={"model": scorer()})
     job = task(rewards={"sevens": partial}, weights={"sevens": 2.0, "model": -1.0})
-    row = run_ppo(options, made, job, tmp_path, seed=0, progress=False).history[-1]
+    result = run_ppo(options, made, job, tmp_path, seed=0, progress=False)
+    row = result.history[-1]
     assert row["rewards/rows"] == 8
+    # The KL is 0 at the start, as far below its target as counts, over 8 responses and not the 16 that were drawn.
+    assert result.kl_coef == pytest.approx(0.02 * (1 - 0.2 * 8 / 100))
     assert row["objective/scores"] == pytest.approx(
         2 * row["rewards/sevens/mean"] - row["rewards/model/mean"], abs=1e-5
     )
