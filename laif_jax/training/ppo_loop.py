@@ -254,7 +254,7 @@ class _Run:
             row |= self.speed(rolled, sum(seconds.values()))
         if spec.kl.target is not None:
             # Rows without a score are not in `objective/kl`, so they are no episodes here either.
-            kl, rows = row["objective/kl"] or 0.0, row["rewards/rows"]
+            kl, rows = row["objective/kl"] or 0.0, float(metrics["rewards/rows"])
             self.kl_coef = float(adaptive_kl(self.kl_coef, kl, spec.kl.target, spec.kl.horizon, rows))
         return state, row
 
