@@ -11,7 +11,6 @@ from laif_jax.labeling.critic import Critic, load_critic, shipped_critics
 from laif_jax.labeling.errors import CriticError
 from laif_jax.labeling.judge import JudgeWork
 from laif_jax.labeling.judge_lists import ListJudgeWork
-from laif_jax.labeling.probe import ProbeWork
 from laif_jax.labeling.rate import RateWork
 from laif_jax.labeling.revise import Reviser, ReviseWork
 from laif_jax.labeling.store import Row
@@ -84,6 +83,8 @@ class JudgeJob(_PaidJob):
     def work(self) -> Work:
         critic = _critic(self.critic)
         if self.probe:
+            from laif_jax.labeling.probe import ProbeWork  # reads files of pairs, and so needs numpy
+
             critic.require("comparison")
             return ProbeWork(self.endpoint, critic, self.comparisons, self.probe)
         if critic.kind == "listwise":

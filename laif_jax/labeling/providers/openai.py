@@ -14,14 +14,15 @@ must work without the extra `openai`, and for whoever wants the last half millis
 """
 
 import json
-from typing import Any
-
-import aiohttp
+from typing import TYPE_CHECKING, Any
 
 from laif_jax.labeling.calls import Endpoint
 from laif_jax.labeling.keys import Key
 from laif_jax.labeling.providers.remote import Exchange, connection_error, is_loopback, require
 from laif_jax.labeling.providers.sdk import SdkTransport, http_client
+
+if TYPE_CHECKING:
+    import aiohttp
 
 PATH = "/chat/completions"
 _ACCOUNT = ("OpenAI-Organization", "OpenAI-Project")
@@ -50,11 +51,14 @@ class PlainTransport:
     """The same wire format over aiohttp."""
 
     def __init__(self, endpoint: Endpoint, key: Key | None) -> None:
-        self._endpoint, self._key = endpoint, key
+        import aiohttp  # takes as long to import as all providers together: not before it is used
+
+        self._aiohttp, self._endpoint, self._key = aiohttp, endpoint, key
         self.url = f"{endpoint.base_url}{PATH}"
         self._session: aiohttp.ClientSession | None = None
 
-    def _open(self) -> aiohttp.ClientSession:
+    def _open(self) -> "aiohttp.ClientSession":
+        aiohttp = self._aiohttp
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key.reveal()}"
@@ -73,7 +77,7 @@ class PlainTransport:
             async with self._session.post(self.url, data=content, allow_redirects=False) as response:
                 headers = {name.lower(): value for name, value in response.headers.items()}
                 return Exchange(response.status, headers, await response.read())
-        except aiohttp.ClientError as error:
+        except self._aiohttp.ClientError as error:
             raise connection_error(self.url, error) from error
 
     async def close(self) -> None:
