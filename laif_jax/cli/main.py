@@ -57,16 +57,16 @@ def _run(options: argparse.Namespace) -> int:
 
 def _reward(options: argparse.Namespace) -> int:
     _check_config(options, "RewardConfig")
-    from laif_jax.studies.reward import run_reward
+    from laif_jax.studies.reward import REWARD
 
-    return run_reward(options.config, options.overrides)
+    return REWARD.run(options.config, options.overrides)
 
 
 def _ppo(options: argparse.Namespace) -> int:
     _check_config(options, "PpoConfig")
-    from laif_jax.studies.ppo import run_ppo
+    from laif_jax.studies.ppo import PPO
 
-    return run_ppo(options.config, options.overrides)
+    return PPO.run(options.config, options.overrides)
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -81,15 +81,12 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from laif_jax.studies import ppo, reward
+    from laif_jax.studies.ppo import PPO
+    from laif_jax.studies.reward import REWARD
     from laif_jax.studies.run import rebuild_report
 
-    if reward.is_reward_run(options.run):
-        print(reward.rebuild(options.run))
-    elif ppo.is_ppo_run(options.run):
-        print(ppo.rebuild(options.run))
-    else:
-        print(rebuild_report(options.run))
+    rebuild = next((one.rebuild for one in (REWARD, PPO) if one.wrote(options.run)), rebuild_report)
+    print(rebuild(options.run))
     return 0
 
 

@@ -21,8 +21,8 @@ from laif_jax.stages.context import Context, Services, StudyContext
 from laif_jax.stages.reward_data import Encoder, read_pairs
 from laif_jax.studies.graph import Node, execute
 from laif_jax.studies.laif import build
-from laif_jax.studies.reward import run_folder
 from laif_jax.studies.run import study_folder
+from laif_jax.studies.single import run_folder
 
 # How the nodes of a training stage are named; of several, those of one round come first.
 _NODES = {"sft": ("sft ",), "dpo": ("dpo ",), "reward": ("reward model on ", "reward model of ")}

@@ -1,23 +1,17 @@
 """The report of `laif ppo`: one self-contained HTML page, a table for the terminal, and what both say in words."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
-from etils import epath
-from markupsafe import Markup
 from matplotlib.figure import Figure
-from rich import box
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from laif_jax.studies.kl_reward import sqrt_fit, turn
-from laif_jax.studies.report import environment
 from laif_jax.studies.rl_figures import kl_figure
+from laif_jax.studies.single import fill, make_table, with_words
 from laif_jax.studies.svg import PALETTE, STYLE, svg, thin
-from laif_jax.studies.table import number, percent, printable
+from laif_jax.studies.table import number, percent
 
 Rows = Sequence[Mapping[str, Any]]
 CLIPPED = 0.5  # share of responses cut at the token limit; more is worth a warning
@@ -43,34 +37,15 @@ COMPARED = {
 }
 
 
-def write_ppo_report(
-    path: str | epath.Path, results: Mapping[str, Any], data: Mapping[str, Any]
-) -> epath.Path:
-    """Writes the page and returns its path.
+def render(results: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    """The page.
 
     Args:
       results: the contents of results.json. data: `rows` (metrics.jsonl) and `samples`.
     """
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(results, data))
-    return path
-
-
-def render(results: Mapping[str, Any], data: Mapping[str, Any]) -> str:
-    """The page as text."""
-    results, data = printable(results), printable(data)
-    drawn = {"curves": curves_figure(data["rows"]), "kl": kl_curve(data["rows"])}
-    return (
-        environment()
-        .get_template("ppo.html.jinja")
-        .render(
-            results=results,
-            compared=compared(results["metrics"]),
-            samples=data["samples"],
-            settings={key: str(value) for key, value in results["settings"].items() if value is not None},
-            figures={name: Markup(text) for name, text in drawn.items()},
-        )
+    figures = {"curves": curves_figure(data["rows"]), "kl": kl_curve(data["rows"])}
+    return fill(
+        "ppo.html.jinja", results, figures, compared=compared(results["metrics"]), samples=data["samples"]
     )
 
 
@@ -189,27 +164,10 @@ def warnings(metrics: Mapping[str, Any], rows: Rows) -> list[str]:
     return found
 
 
-def print_ppo_results(results: Mapping[str, Any], files: Mapping[str, Any]) -> None:
-    """Prints what changed, what it means, and where the files are (name -> path), to standard output."""
-    console = Console(highlight=False)
-    text = ppo_table(results, width=max(80, console.width) if console.is_terminal else 110)
-    console.file.write(text + "".join(f"{name}: {path}\n" for name, path in files.items()))
-
-
-def ppo_table(results: Mapping[str, Any], *, width: int = 110) -> str:
+def ppo_table(results: Mapping[str, Any], width: int = 110) -> str:
     """Held-out values before and after, the verdicts and the warnings, as text."""
-    results = printable(results)
-    table = Table(title=f"{escape(results['name'])}: held-out prompts", box=box.SIMPLE)
-    table.add_column("")
-    for column in ("before", "after"):
-        table.add_column(column, justify="right")
+    table = make_table(results, "held-out prompts", "", ("before", "after"))
     for row in compared(results["metrics"]):
-        table.add_row(
-            escape(row["label"]), number(row["first"], row["digits"]), number(row["last"], row["digits"])
-        )
-    buffer = io.StringIO()
-    console = Console(file=buffer, width=width, highlight=False)
-    console.print(table)
-    for line in [*results["verdicts"], *(f"Warning: {text}" for text in results["warnings"])]:
-        console.print(line, markup=False)
-    return buffer.getvalue()
+        values = (number(row[side], row["digits"]) for side in ("first", "last"))
+        table.add_row(escape(row["label"]), *values)
+    return with_words(table, results, width)

@@ -1,41 +1,25 @@
 """The report of a reward model: one self-contained HTML page, a table for the terminal, and what both say in words."""
 
-import io
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from etils import epath
-from markupsafe import Markup
-from rich import box
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from laif_jax.studies import reward_figures as figures
-from laif_jax.studies.report import environment, points
-from laif_jax.studies.table import number, percent, printable
+from laif_jax.studies.report import points
+from laif_jax.studies.single import fill, make_table, with_words
+from laif_jax.studies.table import number, percent
 
 CUT_SHARE = 0.1  # of pairs with a cut response; more is worth a warning
 
 
-def write_reward_report(
-    path: str | epath.Path, results: Mapping[str, Any], curves: Mapping[str, Any]
-) -> epath.Path:
-    """Writes the page and returns its path.
+def render(results: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    """The page.
 
     Args:
       results: the contents of results.json (`docs/reference/results.md`).
-      curves: {learning rate as text: {"step": [...], metric: [...]}}, of training.
+      data: `curves`: {learning rate as text: {"step": [...], metric: [...]}}, of training.
     """
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render(results, curves))
-    return path
-
-
-def render(results: Mapping[str, Any], curves: Mapping[str, Any]) -> str:
-    """The page as text."""
-    results, curves = printable(results), printable(curves)
     sets = results["sets"]
     drawn = {
         "steps": figures.accuracy_figure(results["rates"]),
@@ -43,21 +27,17 @@ def render(results: Mapping[str, Any], curves: Mapping[str, Any]) -> str:
         "length": figures.length_figure(sets),
         "calibration": figures.calibration_figure(sets),
         "scores": figures.distribution_figure(sets),
-        "training": figures.training_figure(curves),
+        "training": figures.training_figure(data["curves"]),
     }
-    return (
-        environment()
-        .get_template("reward.html.jinja")
-        .render(
-            results=results,
-            sets=sets,
-            held_out=(sets.get("held_out") or {}).get("n"),
-            members={name: row["members"] for name, row in sets.items() if row.get("members")},
-            groups={name: row["groups"] for name, row in sets.items() if row.get("groups")},
-            data=data_rows(results["data"]),
-            settings={key: str(value) for key, value in results["settings"].items() if value is not None},
-            figures={name: Markup(text) for name, text in drawn.items()},
-        )
+    return fill(
+        "reward.html.jinja",
+        results,
+        drawn,
+        sets=sets,
+        held_out=(sets.get("held_out") or {}).get("n"),
+        members={name: row["members"] for name, row in sets.items() if row.get("members")},
+        groups={name: row["groups"] for name, row in sets.items() if row.get("groups")},
+        data=data_rows(results["data"]),
     )
 
 
@@ -142,20 +122,10 @@ def warnings(metrics: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def print_reward_results(results: Mapping[str, Any], files: Mapping[str, Any]) -> None:
-    """Prints accuracies, what they mean, and where the files are (name -> path), to standard output."""
-    console = Console(highlight=False)
-    text = reward_table(results, width=max(80, console.width) if console.is_terminal else 110)
-    console.file.write(text + "".join(f"{name}: {path}\n" for name, path in files.items()))
-
-
-def reward_table(results: Mapping[str, Any], *, width: int = 110) -> str:
+def reward_table(results: Mapping[str, Any], width: int = 110) -> str:
     """Accuracy per set of pairs, the verdicts and the warnings, as text."""
-    results = printable(results)
-    table = Table(title=f"{escape(results['name'])}: accuracy of the reward model", box=box.SIMPLE)
-    table.add_column("pairs")
-    for column in ("n", "accuracy %", "95% interval", "longest wins %", "difference", "ECE"):
-        table.add_column(column, justify="right")
+    columns = ("n", "accuracy %", "95% interval", "longest wins %", "difference", "ECE")
+    table = make_table(results, "accuracy of the reward model", "pairs", columns)
     for name, row in results["sets"].items():
         if row["accuracy"] is None:
             continue
@@ -169,9 +139,4 @@ def reward_table(results: Mapping[str, Any], *, width: int = 110) -> str:
             points(row["gain"]),
             number(row["calibration"]["ece"], 3),
         )
-    buffer = io.StringIO()
-    console = Console(file=buffer, width=width, highlight=False)
-    console.print(table)
-    for line in [*results["verdicts"], *(f"Warning: {text}" for text in results["warnings"])]:
-        console.print(line, markup=False)
-    return buffer.getvalue()
+    return with_words(table, results, width)

@@ -15,8 +15,9 @@ from laif_jax.labeling import EndpointError, running
 from laif_jax.records import Comparison, Completion, Prompt, Status, read_jsonl, write_jsonl
 from laif_jax.stages import label
 from laif_jax.stages.context import Context, Services
-from laif_jax.studies import reward as study
+from laif_jax.studies.reward import REWARD
 from laif_jax.studies.reward_report import data_rows, render, reward_table, verdicts, warnings
+from laif_jax.studies.single import run_folder
 from tests.studies import tiny_reward
 
 HOSTILE = "<script>alert(1)</script> & \x1b[31m"
@@ -148,7 +149,7 @@ def test_warnings() -> None:
 
 def test_a_run_without_any_measure_still_has_a_page(finished) -> None:
     found = results(finished) | {"sets": {}, "verdicts": [], "rates": [{"learning_rate": 1.0, "curve": []}]}
-    page = render(found, {})
+    page = render(found, {"curves": {}})
     assert "nothing is known of this model" in page
     assert "<svg" not in page
     assert "accuracy of the reward model" in reward_table(found)
@@ -203,6 +204,6 @@ def test_a_reward_model_is_a_studys_critic(finished, tmp_path) -> None:
 
 def test_the_run_folder_holds_the_scale(tmp_path) -> None:
     config = tiny_reward.config(tmp_path)
-    assert study.run_folder(config).name == "tiny"
-    assert study.run_folder(config.model_copy(update={"scale": "cpu"})).name == "tiny-cpu"
-    assert not study.is_reward_run(tmp_path)
+    assert run_folder(config).name == "tiny"
+    assert run_folder(config.model_copy(update={"scale": "cpu"})).name == "tiny-cpu"
+    assert not REWARD.wrote(tmp_path)
