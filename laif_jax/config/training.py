@@ -77,10 +77,19 @@ class ModelSpec(Spec):
 
 
 class MeshSpec(Spec):
-    """Devices per mesh axis; -1 (one axis at most) takes what is left. Axis order: data, fsdp, tensor."""
+    """Devices per mesh axis; -1 (one axis at most) takes what is left.
+
+    Attributes:
+      data: across slices or machines with a slow network between them: splits rows, repeats parameters.
+      fsdp: splits rows and parameters.
+      expert: splits rows, and the experts of a mixture of experts.
+      tensor: splits heads, MLP columns and the vocabulary; keep it within one machine.
+      axis_type: "auto": the compiler propagates shardings; "explicit": they are part of array types.
+    """
 
     data: int = 1
     fsdp: int = -1
+    expert: int = 1
     tensor: int = 1
     axis_type: Literal["auto", "explicit"] = "auto"
 

@@ -11,7 +11,7 @@ from laif_jax.parallel.distributed import (
     process_count,
     process_index,
 )
-from laif_jax.parallel.mesh import AXES, ROW_AXES, MeshError, make_mesh, row_shard
+from laif_jax.parallel.mesh import AXES, ROW_AXES, MeshError, make_mesh, row_parts, row_shard
 from laif_jax.parallel.rules import (
     RULES,
     ShardingError,
@@ -48,6 +48,7 @@ __all__ = [
     "process_count",
     "process_index",
     "replicate",
+    "row_parts",
     "row_shard",
     "sharding_for",
 ]

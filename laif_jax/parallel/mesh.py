@@ -1,7 +1,9 @@
-"""The device mesh: three named axes over all devices of all processes.
+"""The device mesh: four named axes over all devices of all processes.
 
-`data` replicates parameters and splits rows; `fsdp` splits rows and parameters (ZeRO-3); `tensor` splits heads, MLP
-columns and the vocabulary. Where devices come in slices joined by a slower network, `data` is the axis across slices.
+`data` replicates parameters and splits rows; `fsdp` splits rows and parameters (ZeRO-3); `expert` splits rows, and the
+experts of a mixture (other parameters as `fsdp` does); `tensor` splits heads, MLP columns, the vocabulary, and the
+length of what is between blocks. Where devices come in slices joined by a slower network, `data` is the axis across
+slices.
 """
 
 import math
@@ -11,13 +13,15 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from laif_jax.config.schema import MeshSpec
 from laif_jax.records.errors import LaifError
 
-AXES = ("data", "fsdp", "tensor")
-ROW_AXES = ("data", "fsdp")  # the axes that split the rows of a batch
+AXES = ("data", "fsdp", "expert", "tensor")  # the last one's devices are the nearest neighbours
+ROW_AXES = ("data", "fsdp", "expert")  # the axes that split the rows of a batch
+
+Sizes = tuple[int, int, int, int]
 
 
 class MeshError(LaifError, ValueError):
@@ -44,10 +48,10 @@ def make_mesh(spec: MeshSpec, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(device_grid(sizes, devices), AXES, axis_types=(axis_type,) * len(AXES))
 
 
-def resolve_sizes(spec: MeshSpec, device_count: int) -> tuple[int, int, int]:
-    """(data, fsdp, tensor) with the -1 filled in. Raises MeshError where that cannot be done."""
-    asked = (spec.data, spec.fsdp, spec.tensor)
-    shown = " x ".join(f"{name}={size}" for name, size in zip(AXES, asked))
+def resolve_sizes(spec: MeshSpec, device_count: int) -> Sizes:
+    """The sizes of `AXES` with the -1 filled in. Raises MeshError where that cannot be done."""
+    asked: Sizes = (spec.data, spec.fsdp, spec.expert, spec.tensor)
+    shown = _shown(asked)
     here = f"{device_count} {'is' if device_count == 1 else 'are'} here"
     bad = [name for name, size in zip(AXES, asked) if size != -1 and size < 1]
     if bad:
@@ -62,8 +66,8 @@ def resolve_sizes(spec: MeshSpec, device_count: int) -> tuple[int, int, int]:
             raise MeshError(
                 f"mesh {shown} needs a multiple of {fixed} devices, {here}; change `mesh`, or the number of devices"
             )
-        data, fsdp, tensor = (device_count // fixed if size == -1 else size for size in asked)
-        return data, fsdp, tensor
+        data, fsdp, expert, tensor = (device_count // fixed if size == -1 else size for size in asked)
+        return data, fsdp, expert, tensor
     if fixed != device_count:
         raise MeshError(
             f"mesh {shown} needs {fixed} device{'s' * (fixed != 1)}, {here}; set one axis to -1 to take what is left, "
@@ -72,8 +76,14 @@ def resolve_sizes(spec: MeshSpec, device_count: int) -> tuple[int, int, int]:
     return asked
 
 
-def device_grid(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray:
-    """The devices as an array [data, fsdp, tensor], neighbours in the network next to each other.
+def _shown(sizes: Sequence[int]) -> str:
+    """Sizes of the axes for a message; an expert axis of 1 goes without saying."""
+    pairs = [(name, size) for name, size in zip(AXES, sizes) if name != "expert" or size != 1]
+    return " x ".join(f"{name}={size}" for name, size in pairs)
+
+
+def device_grid(sizes: Sizes, devices: Sequence[Any]) -> np.ndarray:
+    """The devices as an array [data, fsdp, expert, tensor], neighbours in the network next to each other.
 
     Devices that report a `slice_index` of more than one value are in several slices; `data` then runs across them.
 
@@ -83,15 +93,20 @@ def device_grid(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarr
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if len(slices) == 1:
         return mesh_utils.create_device_mesh(sizes, devices=devices)
-    data, fsdp, tensor = sizes
+    data, *inner = sizes
     if data % len(slices):
         raise MeshError(
-            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} over {len(slices)} slices: `mesh.data` runs across "
-            f"slices, so make it a multiple of {len(slices)}"
+            f"mesh {_shown(sizes)} over {len(slices)} slices: `mesh.data` runs across slices, so make it a multiple "
+            f"of {len(slices)}"
         )
     return mesh_utils.create_hybrid_device_mesh(
-        (data // len(slices), fsdp, tensor), (len(slices), 1, 1), devices=devices
+        (data // len(slices), *inner), (len(slices), *[1] * len(inner)), devices=devices
     )
+
+
+def row_parts(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts the mesh splits the rows of a batch."""
+    return math.prod(mesh.shape.get(axis, 1) for axis in ROW_AXES)
 
 
 def row_shard(mesh: Mesh) -> tuple[int, int]:
@@ -102,16 +117,16 @@ def row_shard(mesh: Mesh) -> tuple[int, int]:
     Raises:
       MeshError: if two processes hold some, but not all, of the same rows.
     """
-    data, fsdp, tensor = (mesh.shape[axis] for axis in AXES)
-    rows = np.arange(data * fsdp).repeat(tensor)  # the row block of each device
+    count, tensor = row_parts(mesh), mesh.shape.get("tensor", 1)
+    rows = np.arange(count).repeat(tensor)  # the row block of each device
     held: dict[int, set[int]] = {}
     for block, device in zip(rows.tolist(), mesh.devices.flat):
         held.setdefault(device.process_index, set()).add(block)
     groups = sorted({frozenset(blocks) for blocks in held.values()}, key=min)
-    if sum(len(group) for group in groups) != data * fsdp or len({len(group) for group in groups}) > 1:
+    if sum(len(group) for group in groups) != count or len({len(group) for group in groups}) > 1:
         raise MeshError(
-            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} splits the rows unevenly over {len(held)} processes; "
-            "make `mesh.tensor` divide the devices of a process, or a multiple of them"
+            f"mesh {_shown([mesh.shape.get(axis, 1) for axis in AXES])} splits the rows unevenly over {len(held)} "
+            "processes; make `mesh.tensor` divide the devices of a process, or a multiple of them"
         )
     mine = held.get(jax.process_index())
     if mine is None:

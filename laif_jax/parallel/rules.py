@@ -9,18 +9,19 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from laif_jax.parallel.mesh import ROW_AXES
+from laif_jax.parallel.mesh import ROW_AXES, row_parts
 from laif_jax.records.errors import LaifError
 
 Tree = TypeVar("Tree")
 
 # Logical axis -> mesh axes. The first dimension that names a mesh axis has it: in [batch, length, embed] `batch` takes
 # fsdp and `embed` stays whole, in a kernel [embed, mlp] `embed` has it. So one set of names serves parameters and
-# activations.
+# activations. `length` is the time axis of what is between blocks (the residual stream), not of what is inside them.
 RULES: Mapping[str, tuple[str, ...]] = {
     "batch": ROW_AXES,
-    "length": (),
-    "embed": ("fsdp",),
+    "length": ("tensor",),
+    "embed": ("fsdp", "expert"),
+    "expert": ("expert",),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -30,8 +31,12 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "lora": (),
 }
 
-# A parameter below this many elements may stay whole where its dimension does not divide; a larger one must divide.
-SMALL = 2**20
+# A parameter below this many elements (1 MB in float32) may stay whole where its dimension does not divide; a larger
+# one must divide, and is never whole on every device.
+SMALL = 2**18
+# Where the rules split no dimension of a larger parameter (a norm's scales on a mesh of `tensor` alone), these axes
+# split the one that they fit best. `data` never splits a parameter.
+SPARE = ("fsdp", "expert", "tensor")
 
 
 class ShardingError(LaifError, ValueError):
@@ -100,9 +105,31 @@ def sharding_for(
     logical_axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, *, name: str = "parameter"
 ) -> NamedSharding:
     """The sharding of one parameter. A mesh axis that does not divide its dimension is dropped for a small parameter
-    (fewer than `SMALL` elements), and is a ShardingError for a large one, where it would cost memory unseen."""
+    (fewer than `SMALL` elements), and is a ShardingError for a large one, where it would cost memory unseen. A large
+    one that the rules leave whole is split by the axes `SPARE`, where they divide any of its dimensions."""
     strict = math.prod(shape) >= SMALL
-    return NamedSharding(mesh, partition_spec(logical_axes, shape, mesh, strict=strict, name=name))
+    spec = partition_spec(logical_axes, shape, mesh, strict=strict, name=name)
+    if strict and not any(spec):
+        spec = _split_somewhere(shape, mesh)
+    return NamedSharding(mesh, spec)
+
+
+def _split_somewhere(shape: Sequence[int], mesh: Mesh) -> P:
+    """The spec with the most parts that splits one dimension; the largest dimension of those, the last among equals."""
+    axes = tuple(axis for axis in SPARE if mesh.shape.get(axis, 1) > 1)
+    best: tuple[int, int, int] = (1, 0, 0)
+    kept: tuple[str, ...] = ()
+    for place, size in enumerate(shape):
+        fitting = axes
+        while fitting and size % math.prod(mesh.shape[axis] for axis in fitting):
+            fitting = fitting[:-1]
+        parts = math.prod(mesh.shape[axis] for axis in fitting)
+        if fitting and (parts, size, place) > best:
+            best, kept = (parts, size, place), fitting
+    entries: list[Any] = [None] * len(shape)
+    if kept:
+        entries[best[2]] = kept[0] if len(kept) == 1 else kept
+    return P(*entries)
 
 
 def param_shardings(specs: Any, mesh: Mesh) -> Any:
@@ -123,8 +150,8 @@ def param_shardings(specs: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh, *, rows_axis: int = 0) -> NamedSharding:
-    """Rows (dimension `rows_axis`) over data and fsdp, the rest whole. `rows_axis=1`: after a micro-batch axis."""
-    axes = tuple(axis for axis in ROW_AXES if mesh.shape[axis] > 1)
+    """Rows (dimension `rows_axis`) over `ROW_AXES`, the rest whole. `rows_axis=1`: after a micro-batch axis."""
+    axes = tuple(axis for axis in ROW_AXES if mesh.shape.get(axis, 1) > 1)
     rows = axes[0] if len(axes) == 1 else (axes or None)
     return NamedSharding(mesh, P(*[None] * rows_axis, rows))
 
@@ -139,10 +166,14 @@ def batch_shardings(batch: Mapping[str, Any], mesh: Mesh, *, rows_axis: int = 1)
       ShardingError: if the rows of an array do not divide over the devices that split them.
     """
     sharding = batch_sharding(mesh, rows_axis=rows_axis)
-    parts = math.prod(mesh.shape[axis] for axis in ROW_AXES)
+    parts = row_parts(mesh)
     for name, array in batch.items():
         if len(array.shape) <= rows_axis or array.shape[rows_axis] % parts:
-            over = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in ROW_AXES)
+            over = " x ".join(
+                f"{axis}={mesh.shape.get(axis, 1)}"
+                for axis in ROW_AXES
+                if axis != "expert" or mesh.shape.get(axis, 1) > 1
+            )
             raise ShardingError(
                 f"batch array `{name}` of shape {tuple(array.shape)}: its rows (dimension {rows_axis}) do not divide "
                 f"over mesh {over}; make `micro_batch` a multiple of {parts}"
@@ -217,7 +248,7 @@ def host_to_global(batch: Tree, mesh: Mesh, specs: Any = None) -> Tree:
             raise ShardingError(
                 f"batch array `{name}`: the local part of shape {local.shape} does not fit {sharding.spec} on mesh "
                 f"{dict(mesh.shape)} with {jax.process_count()} processes ({error}); make `micro_batch` a multiple of "
-                f"{math.prod(mesh.shape[axis] for axis in ROW_AXES)}"
+                f"{row_parts(mesh)}"
             ) from error
 
     return jax.tree_util.tree_map_with_path(one, batch, flat_specs)

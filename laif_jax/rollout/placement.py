@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from laif_jax.parallel.mesh import ROW_AXES
+from laif_jax.parallel.mesh import row_parts
 from laif_jax.parallel.rules import batch_sharding
 
 
@@ -51,13 +51,13 @@ def using(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the mesh's axes data and fsdp; what a row holds is whole."""
+    """Rows over the mesh's `ROW_AXES`; what a row holds is whole."""
     return batch_sharding(mesh)
 
 
 def row_shards(mesh: Mesh | None) -> int:
     """Over how many devices the rows are spread; a batch is a multiple of it."""
-    return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in ROW_AXES]))
+    return 1 if mesh is None else row_parts(mesh)
 
 
 def spread(tree: Any, mesh: Mesh | None) -> Any:

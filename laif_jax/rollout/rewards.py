@@ -95,7 +95,7 @@ def _compiled(cfg: ModelConfig, members: int, dtype: Any, mesh: Mesh | None) -> 
 
     if mesh is None:
         return jax.jit(run)
-    axes = tuple(axis for axis in ROW_AXES if mesh.shape[axis] > 1) or None
+    axes = tuple(axis for axis in ROW_AXES if mesh.shape.get(axis, 1) > 1) or None
     rows, out = row_sharding(mesh), NamedSharding(mesh, PartitionSpec(None, axes))
     return jax.jit(run, in_shardings=(None, rows, rows), out_shardings=out)
 

@@ -14,7 +14,7 @@ from laif_jax.data.pipeline import Batches
 from laif_jax.models.lora import add_lora, trainable_mask
 from laif_jax.models.model import Model, load_model, save_model
 from laif_jax.models.specs import param_specs
-from laif_jax.parallel.mesh import row_shard
+from laif_jax.parallel.mesh import row_parts, row_shard
 from laif_jax.parallel.rules import param_shardings
 from laif_jax.records import Prompt
 from laif_jax.stages.context import Context
@@ -54,7 +54,7 @@ def batch_options(ctx: Context, spec: TrainSpec, tokenizer: PreTrainedTokenizerB
         "seed": ctx.seed,
         "epochs": spec.epochs,
         "steps": spec.steps,
-        "row_multiple": ctx.mesh.shape["data"] * ctx.mesh.shape["fsdp"],
+        "row_multiple": row_parts(ctx.mesh),
         "process_index": index,
         "process_count": count,
     }

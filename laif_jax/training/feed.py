@@ -1,6 +1,5 @@
 """From the host's batches to arrays that a step takes: checks, padding of rows to the mesh, several processes."""
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -8,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from laif_jax.parallel import ROW_AXES, host_to_global
+from laif_jax.parallel import host_to_global, row_parts
 from laif_jax.records.errors import LaifError
 
 # Which rows of the data set a batch holds: for messages, not for devices.
@@ -68,7 +67,7 @@ def to_device(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
     """
     arrays = {k: np.asarray(v) for k, v in batch.items() if k not in HOST_ONLY}
     if jax.process_count() == 1:
-        parts = math.prod(mesh.shape[axis] for axis in ROW_AXES)
+        parts = row_parts(mesh)
         arrays = {name: _pad_rows(array, parts) for name, array in arrays.items()}
     if jax.process_count() > 1 or AxisType.Explicit in mesh.axis_types:
         return host_to_global(arrays, mesh)

@@ -1,5 +1,6 @@
 """The mesh over eight simulated devices, over slices, and the meshes that do not fit."""
 
+import math
 from types import SimpleNamespace
 
 import jax
@@ -10,20 +11,20 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 
 from laif_jax.config.schema import MeshSpec
-from laif_jax.parallel import MeshError, make_mesh, row_shard
+from laif_jax.parallel import AXES, MeshError, make_mesh, row_shard
 from laif_jax.parallel.mesh import device_grid, resolve_sizes
 
 
 def test_the_default_takes_all_devices_for_fsdp():
     mesh = make_mesh(MeshSpec())
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1}
-    assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}
+    assert mesh.axis_types == (AxisType.Auto,) * 4
 
 
 def test_explicit_axes_and_a_part_of_the_devices():
     mesh = make_mesh(MeshSpec(data=2, fsdp=1, tensor=2, axis_type="explicit"), jax.devices()[:4])
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 2}
-    assert mesh.axis_types == (AxisType.Explicit,) * 3
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "expert": 1, "tensor": 2}
+    assert mesh.axis_types == (AxisType.Explicit,) * 4
     assert set(mesh.devices.flat) == set(jax.devices()[:4])
 
 
@@ -36,19 +37,21 @@ def test_explicit_axes_and_a_part_of_the_devices():
         ((-1, -1, 1), "only one axis can be -1"),
         ((1, 8, 0), "`mesh.tensor` must be at least 1, or -1"),
         ((-2, 8, 1), "`mesh.data` must be at least 1, or -1"),
+        (
+            (1, -1, 1, 3),
+            "mesh data=1 x fsdp=-1 x expert=3 x tensor=1 needs a multiple of 3 devices, 8 are here",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_fit_says_so_with_the_numbers(sizes, message):
-    data, fsdp, tensor = sizes
     with pytest.raises(MeshError, match=message):
-        make_mesh(MeshSpec(data=data, fsdp=fsdp, tensor=tensor))
+        make_mesh(MeshSpec(**dict(zip(("data", "fsdp", "tensor", "expert"), sizes))))
 
 
-@given(st.permutations(["data", "fsdp", "tensor"]), st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
-def test_the_axis_left_open_takes_what_is_left(order, a, b, rest):
-    spec = MeshSpec(**{order[0]: a, order[1]: b, order[2]: -1})
-    sizes = dict(zip(("data", "fsdp", "tensor"), resolve_sizes(spec, a * b * rest)))
-    assert sizes == {order[0]: a, order[1]: b, order[2]: rest}
+@given(st.permutations(AXES), st.lists(st.integers(1, 4), min_size=4, max_size=4))
+def test_the_axis_left_open_takes_what_is_left(order, sizes):
+    spec = MeshSpec(**{**dict(zip(order, sizes)), order[-1]: -1})
+    assert dict(zip(AXES, resolve_sizes(spec, math.prod(sizes)))) == dict(zip(order, sizes))
 
 
 def fake_devices(slices, per_slice):
@@ -59,23 +62,25 @@ def fake_devices(slices, per_slice):
 
 
 def test_data_runs_across_slices_and_the_other_axes_stay_within_one():
-    grid = device_grid((4, 2, 2), fake_devices(slices=2, per_slice=8))
-    assert grid.shape == (4, 2, 2)
+    grid = device_grid((4, 2, 1, 2), fake_devices(slices=2, per_slice=8))
+    assert grid.shape == (4, 2, 1, 2)
     slice_of = np.vectorize(lambda device: device.slice_index)(grid)
-    assert (slice_of == slice_of[:, :1, :1]).all()
-    assert sorted(slice_of[:, 0, 0].tolist()) == [0, 0, 1, 1]
+    assert (slice_of == slice_of[:, :1, :1, :1]).all()
+    assert sorted(slice_of[:, 0, 0, 0].tolist()) == [0, 0, 1, 1]
 
 
 def test_too_little_data_parallelism_for_the_slices_is_an_error():
     with pytest.raises(
         MeshError, match=r"over 2 slices: `mesh.data` runs across slices, so make it a multiple of 2"
     ):
-        device_grid((1, 8, 2), fake_devices(slices=2, per_slice=8))
+        device_grid((1, 8, 1, 2), fake_devices(slices=2, per_slice=8))
 
 
 def fake_mesh(sizes, process_of):
+    data, fsdp, tensor, *expert = sizes
+    sizes = (data, fsdp, *(expert or [1]), tensor)
     devices = np.array([SimpleNamespace(process_index=p) for p in process_of]).reshape(sizes)
-    return SimpleNamespace(shape=dict(zip(("data", "fsdp", "tensor"), sizes)), devices=devices)
+    return SimpleNamespace(shape=dict(zip(AXES, sizes)), devices=devices)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +91,7 @@ def fake_mesh(sizes, process_of):
         ((1, 1, 8), [0] * 4 + [1] * 4, [(0, 1), (0, 1)]),  # tensor across processes: both hold all rows
         ((1, 2, 4), [0, 0, 1, 1, 2, 2, 3, 3], [(0, 2), (0, 2), (1, 2), (1, 2)]),
         ((4, 1, 1), [0, 1, 0, 1], [(0, 2), (1, 2)]),  # interleaved
+        ((1, 2, 1, 4), [0] * 4 + [1] * 4, [(0, 2), (1, 2)]),  # experts split rows, too
     ],
 )
 def test_each_process_knows_its_rows(monkeypatch, sizes, process_of, shards):

@@ -30,9 +30,11 @@ from laif_jax.parallel import (
 BOTH = pytest.mark.parametrize("axis_type", ["auto", "explicit"])
 
 
-def mesh_of(data, fsdp, tensor, axis_type="auto"):
-    devices = jax.devices()[: data * fsdp * tensor]
-    return make_mesh(MeshSpec(data=data, fsdp=fsdp, tensor=tensor, axis_type=axis_type), devices)
+def mesh_of(data, fsdp, tensor, axis_type="auto", expert=1):
+    devices = jax.devices()[: data * fsdp * expert * tensor]
+    return make_mesh(
+        MeshSpec(data=data, fsdp=fsdp, expert=expert, tensor=tensor, axis_type=axis_type), devices
+    )
 
 
 # ---- parameters ------------------------------------------------------------------------------------------------
@@ -47,7 +49,7 @@ def mesh_of(data, fsdp, tensor, axis_type="auto"):
         (("layers", "heads", "head_dim", "embed"), (3, 4, 8, 32), P(None, "tensor", None, "fsdp")),
         (("layers", "embed"), (3, 32), P(None, "fsdp")),
         (("layers", None), (3, 32), P(None, None)),
-        (("batch", "length", "embed"), (8, 16, 32), P(("data", "fsdp"), None, None)),
+        (("batch", "length", "embed"), (8, 16, 32), P(("data", "fsdp"), "tensor", None)),
         ((), (), P()),
     ],
 )
@@ -82,6 +84,38 @@ def test_rows_keep_the_part_of_their_axes_that_divides():
     mesh = mesh_of(2, 4, 1)
     assert partition_spec(("batch", "embed"), (4, 32), mesh) == P("data", None)
     assert partition_spec(("batch", "embed"), (3, 32), mesh) == P(None, None)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "expected"),
+    [
+        (
+            ("expert", "embed", "mlp"),
+            (4, 32, 64),
+            P("expert", "fsdp", "tensor"),
+        ),  # an expert is on one of them
+        (("embed", "mlp"), (32, 64), P(("fsdp", "expert"), "tensor")),  # what all rows need is split by both
+        (("embed", "mlp"), (6, 64), P("fsdp", "tensor")),
+        (("batch", "length", "embed"), (8, 16, 32), P(("fsdp", "expert"), "tensor", None)),
+    ],
+)
+def test_the_expert_axis_splits_experts_rows_and_other_parameters(axes, shape, expected):
+    assert partition_spec(axes, shape, mesh_of(1, 2, 2, expert=2)) == expected
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "sizes", "expected"),
+    [
+        (("layers", "embed"), (80, 8192), (1, 1, 8), P(None, "tensor")),  # a norm's scales
+        (("layers", "heads", "head_dim", "lora"), (32, 32, 128, 16), (1, 8, 1), P(None, None, "fsdp", None)),
+        (("layers", "heads", "head_dim"), (7, 320, 127), (1, 4, 1), P(None, "fsdp", None)),
+        (("layers", "heads", "head_dim"), (80, 64, 128), (2, 2, 1), P(None, None, "fsdp")),
+        (("layers", "embed"), (8, 512), (1, 1, 8), P(None, None)),  # small
+        (("layers", "embed"), (80, 8192), (8, 1, 1), P(None, None)),  # data repeats parameters
+    ],
+)
+def test_a_large_parameter_that_the_rules_leave_whole_is_split_somewhere(axes, shape, sizes, expected):
+    assert sharding_for(axes, shape, mesh_of(*sizes)).spec == expected
 
 
 def test_wrong_axes_are_named():
@@ -138,7 +172,7 @@ def test_constrain_lays_rows_over_the_mesh(axis_type, with_context):
 
     @jax.jit
     def f(x):
-        return constrain(x * 2, "batch", "length", "heads")
+        return constrain(x * 2, "batch", None, "heads")
 
     if with_context:
         with jax.set_mesh(mesh):
