@@ -32,9 +32,10 @@ from laif_jax.stages.artifact import Artifact, StageError, run_stage
 from laif_jax.stages.base import model_folder, model_settings
 from laif_jax.stages.context import Context
 from laif_jax.stages.reward_data import Encoder, RewardData, pairs_settings, read_pairs, scored
-from laif_jax.training.loop import NonFiniteError, train
+from laif_jax.training.loop import train
 from laif_jax.training.optim import make_optimizer
 from laif_jax.training.pair_scores import pair_scores
+from laif_jax.training.recorder import NonFiniteError
 from laif_jax.training.reward_task import RewardTask, reward_task
 from laif_jax.training.state import TrainState, create_state
 

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -14,8 +14,6 @@ from jax.sharding import Mesh
 
 from laif_jax.config.schema import TrainSpec
 from laif_jax.parallel import batch_shardings
-from laif_jax.records.errors import LaifError
-from laif_jax.training.checkpoint import Checkpointer, CheckpointError
 from laif_jax.training.feed import (
     Batches,
     EmptyBatchError,
@@ -24,19 +22,15 @@ from laif_jax.training.feed import (
     example_indices,
     to_device,
 )
-from laif_jax.training.metrics import MetricsWriter, clean, flops_per_token, mean_rows, peak_flops
+from laif_jax.training.metrics import clean, flops_per_token, mean_rows, peak_flops
 from laif_jax.training.optim import make_optimizer, optimizer_hyper, schedule
-from laif_jax.training.progress import open_progress
+from laif_jax.training.recorder import NonFiniteError, Recorder
 from laif_jax.training.reference import ReferenceLogps
 from laif_jax.training.state import TrainState, state_shardings
 from laif_jax.training.step import make_train_step
 
 log = logging.getLogger(__name__)
 Callback = Callable[[int, TrainState], str | None]
-
-
-class NonFiniteError(LaifError, FloatingPointError):
-    """The loss or its gradient is not finite. The state before that step was saved."""
 
 
 @dataclass(frozen=True)
@@ -104,19 +98,14 @@ def train(
     if not total:
         raise ValueError("how long to train is not known: give `steps` or an iterator with `total_steps`")
     run = _Run(task, batches, spec, out_dir, mesh, int(total), optimizer, reference, wandb, title)
-    try:
+    with run.closing():
         state, resumed = run.resume(state)
-        with open_progress(title, int(total), resumed, enabled=progress) as run.progress:
+        with run.showing(int(total), resumed, enabled=progress):
             state = run.steps(state, resumed, callback, callback_every)
-    except BaseException:
-        run.abandon()
-        raise
-    run.checkpoints.close()
-    run.writer.close()
     return TrainResult(state, run.history, resumed)
 
 
-class _Run:
+class _Run(Recorder):
     """The moving parts of one call of `train`."""
 
     def __init__(
@@ -132,14 +121,10 @@ class _Run:
         wandb: Mapping[str, Any] | None,
         title: str,
     ):
+        super().__init__(out_dir, title, spec.keep, wandb)
         self.task, self.batches, self.spec, self.mesh, self.total = task, batches, spec, mesh, total
-        self.title = title
         self.optimizer = optimizer or make_optimizer(spec.optimizer)
         self.reference = reference
-        self.checkpoints = Checkpointer(out_dir / "checkpoints", spec.keep)
-        self.writer = MetricsWriter(out_dir, wandb)
-        self.progress: Any = None
-        self.history: list[dict[str, Any]] = []
         self.tokens = 0.0
         numbers = optimizer_hyper(spec.optimizer) | dict(getattr(task, "numbers", {}))
         self.hyper = {name: np.asarray(value, np.float32) for name, value in numbers.items()}
@@ -161,14 +146,6 @@ class _Run:
         self.history = self.writer.resume(step)
         self.flops = flops_per_token(state.trainable, state.frozen)
         return state, step
-
-    def abandon(self) -> None:
-        """Something went wrong: finishes what is being written, without hiding the reason."""
-        self.writer.close()
-        try:
-            self.checkpoints.close()
-        except CheckpointError as error:
-            log.warning("%s: %s", self.title, error)
 
     # ---- steps ----
 
@@ -279,9 +256,7 @@ class _Run:
             if good == step:
                 break
             next(self.batches)
-        good_state = replace(state, healthy=jax.device_put(np.ones((), np.bool_), state.healthy.sharding))
-        self.checkpoints.save(good_state, self._extra(self.batches.get_state()), wait=True)
-        saved = f"The state before this step was saved in {self.checkpoints.directory}"
+        saved = self.save_good(state, self._extra(self.batches.get_state()))
         if not values["weight"]:
             raise EmptyBatchError(f"{empty_message(step, batch)}. {saved}")
         indices = example_indices(batch)

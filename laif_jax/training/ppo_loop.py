@@ -7,7 +7,7 @@ need no saving. A checkpoint holds the trained parameters, the optimiser's state
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -19,9 +19,7 @@ from laif_jax.objectives.rl import adaptive_kl
 from laif_jax.parallel import is_main
 from laif_jax.records import LaifError, append_jsonl, write_jsonl
 from laif_jax.rollout.placement import to_host, using
-from laif_jax.training.checkpoint import Checkpointer, CheckpointError
-from laif_jax.training.loop import NonFiniteError
-from laif_jax.training.metrics import MetricsWriter, clean, mean_rows, read_metrics
+from laif_jax.training.metrics import clean, mean_rows, read_metrics
 from laif_jax.training.optim import make_optimizer
 from laif_jax.training.ppo import make_update
 from laif_jax.training.ppo_models import PpoModels
@@ -37,7 +35,7 @@ from laif_jax.training.ppo_plan import (
     update_order,
 )
 from laif_jax.training.ppo_roll import Decode, HostReward, PpoPrompt, Quality, Rolled, Roller, on_host
-from laif_jax.training.progress import open_progress
+from laif_jax.training.recorder import NonFiniteError, Recorder
 from laif_jax.training.state import TrainState, state_shardings
 
 log = logging.getLogger(__name__)
@@ -113,19 +111,14 @@ def run_ppo(
       CheckpointError. What a reward raises, after the state was saved.
     """
     run = _Run(spec, models, task, epath.Path(out_dir), seed, snapshot, wandb, title)
-    try:
+    with run.closing():
         state, resumed = run.resume()
-        with open_progress(title, spec.iterations, resumed, enabled=progress) as run.progress:
+        with run.showing(spec.iterations, resumed, enabled=progress):
             state = run.iterations(state, resumed)
-    except BaseException:
-        run.abandon()
-        raise
-    run.checkpoints.close()
-    run.writer.close()
     return PpoResult(state, run.history, resumed, run.kl_coef)
 
 
-class _Run:
+class _Run(Recorder):
     """The moving parts of one call of `run_ppo`."""
 
     def __init__(
@@ -139,13 +132,10 @@ class _Run:
         wandb: Mapping[str, Any] | None,
         title: str,
     ):
-        self.spec, self.models, self.task, self.seed, self.title = spec, models, task, seed, title
+        super().__init__(out_dir, title, spec.keep, wandb)
+        self.spec, self.models, self.task, self.seed = spec, models, task, seed
         self.snapshot = snapshot
-        self.checkpoints = Checkpointer(out_dir / "checkpoints", spec.keep)
-        self.writer = MetricsWriter(out_dir, wandb)
         self.samples = out_dir / "samples.jsonl"
-        self.progress: Any = None
-        self.history: list[dict[str, Any]] = []
         self.kl_coef = float(np.float32(spec.kl.coef))
         self.layout = _layout(spec, models, task)
         self.roller = Roller(
@@ -184,21 +174,11 @@ class _Run:
             write_jsonl(self.samples, [row for row in read_metrics(self.samples) if row["step"] <= done])
         return state, done
 
-    def abandon(self) -> None:
-        """Something went wrong: finishes what is being written, without hiding the reason."""
-        self.writer.close()
-        try:
-            self.checkpoints.close()
-        except CheckpointError as error:
-            log.warning("%s: %s", self.title, error)
-
-    def save(self, state: TrainState, *, wait: bool) -> None:
-        extra = {
-            "kl_coef": self.kl_coef,
-            "data": {"iteration": int(state.step), "prompts": int(state.step) * self.spec.batch_size},
-            "seed": self.seed,
-        }
-        self.checkpoints.save(state, extra, wait=wait)
+    def extra(self, state: TrainState) -> dict[str, Any]:
+        """What a checkpoint holds beside the state."""
+        done = int(state.step)
+        data = {"iteration": done, "prompts": done * self.spec.batch_size}
+        return {"kl_coef": self.kl_coef, "data": data, "seed": self.seed}
 
     # ---- iterations ----
 
@@ -216,7 +196,7 @@ class _Run:
             if self.snapshot is not None and spec.keep_every and number % spec.keep_every == 0:
                 self.snapshot(number, state)
             if last or (spec.save_every > 0 and number % spec.save_every == 0):
-                self.save(state, wait=last)
+                self.checkpoints.save(state, self.extra(state), wait=last)
         return state
 
     def guarded(self, state: TrainState, work: Callable[[], Any]) -> Any:
@@ -224,7 +204,7 @@ class _Run:
         try:
             return work()
         except LaifError:
-            self.save(state, wait=True)
+            self.checkpoints.save(state, self.extra(state), wait=True)
             raise
 
     def iteration(self, state: TrainState, number: int, *, timed: bool) -> tuple[TrainState, dict[str, Any]]:
@@ -334,11 +314,9 @@ class _Run:
         picked: np.ndarray,
     ) -> None:
         """Saves the last good state and raises."""
-        good = jax.device_put(np.ones((), np.bool_), state.healthy.sharding)
-        self.save(replace(state, healthy=good), wait=True)
+        saved = self.save_good(state, self.extra(state))
         rows, where = culprits(metrics, order)
         prompts = sorted({int(picked[row // self.spec.sampling.samples]) for row in rows})
-        saved = f"The last good state was saved in {self.checkpoints.directory}"
         raise NonFiniteError(
             f"{self.title}: iteration {number}: {where} not finite (KL {float(metrics['objective/kl']):.4g}, loss "
             f"{float(metrics['loss']):.4g}, score {float(metrics['objective/scores']):.4g}, KL coefficient "

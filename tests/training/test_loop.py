@@ -10,9 +10,10 @@ import pytest
 from laif_jax.config.schema import OptimizerSpec, TrainSpec
 from laif_jax.training.checkpoint import Checkpointer
 from laif_jax.training.feed import EmptyBatchError
-from laif_jax.training.loop import NonFiniteError, train
+from laif_jax.training.loop import train
 from laif_jax.training.metrics import MetricsError, MetricsWriter, peak_flops, read_metrics
 from laif_jax.training.optim import make_optimizer
+from laif_jax.training.recorder import NonFiniteError
 from laif_jax.training.state import create_state
 from laif_jax.training.step import enable_compilation_cache
 from tests.training import toys

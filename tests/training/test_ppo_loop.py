@@ -10,9 +10,9 @@ import pytest
 
 from laif_jax.records import LaifError
 from laif_jax.training.checkpoint import Checkpointer
-from laif_jax.training.loop import NonFiniteError
 from laif_jax.training.metrics import read_metrics
 from laif_jax.training.ppo_loop import run_ppo
+from laif_jax.training.recorder import NonFiniteError
 from tests.training import killed_ppo
 from tests.training.ppo_small import count_of, models, scorer, spec, task
 
