@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from laif_jax.cli import label
+from laif_jax.labeling.access import add_access
 from laif_jax.records import LaifError
 
 
@@ -119,6 +120,8 @@ def _serve_labels(options: argparse.Namespace) -> int:
         budget=options.budget,
         token=read_token(options.token_env, options.token_file),
         limits=limits_of(options),
+        endpoints=options.endpoints,
+        any_endpoint=options.any_endpoint,
     )
     return 0
 
@@ -206,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", help="a hard cap on what all calls cost, for example 25USD; none lifts it"
     )
     labels.add_argument("--log", choices=("text", "json"), default="text", help="format of the log")
-    label.add_access(labels)
+    add_access(labels)
     model = verb("model", _serve_model, "one of our checkpoints over the OpenAI chat protocol", serve)
     model.add_argument("checkpoint", help="a folder in Hugging Face layout, a .gguf file or a fetchable name")
     model.add_argument("--host", default="127.0.0.1")

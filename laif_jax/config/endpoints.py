@@ -234,6 +234,12 @@ class EndpointSpec(Spec):
         return unused
 
 
+class EndpointList(Spec):
+    """The endpoints that a labelling service asks for others: `laif serve labels --endpoints FILE`."""
+
+    endpoints: dict[str, EndpointSpec] = Field(min_length=1)
+
+
 class TeacherSpec(Spec):
     """Who writes the completions of supervised fine-tuning: give `endpoint`, or `completions`, the name of a column
     of completions that the data already holds.

@@ -14,6 +14,7 @@ import pydantic
 import yaml
 from etils import epath
 
+from laif_jax.config.endpoints import EndpointList, EndpointSpec
 from laif_jax.config.label import LabelConfig
 from laif_jax.config.schema import ArmSpec, CriticSpec, PpoConfig, RewardConfig, RunConfig, StudyConfig
 from laif_jax.records.errors import LaifError
@@ -140,6 +141,13 @@ def load_config(
 def load_label_config(path: str | epath.Path, overrides: Iterable[str] = ()) -> LabelConfig:
     """The same for a file of `laif label run`."""
     return _model(LabelConfig, _resolve(path, overrides), str(path))
+
+
+def load_endpoints(path: str | epath.Path) -> dict[str, EndpointSpec]:
+    """The section `endpoints` of a YAML file, a study's for example; its other sections are not looked at."""
+    tree = _resolve(path, ())
+    found = {"endpoints": tree["endpoints"]} if "endpoints" in tree else {}
+    return _model(EndpointList, found, str(path)).endpoints
 
 
 def labels_pairs(path: str | epath.Path) -> bool:

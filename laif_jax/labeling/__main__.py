@@ -5,12 +5,12 @@ import logging
 import sys
 
 from laif_jax.labeling.access import add_access, limits_of, read_token
-from laif_jax.labeling.errors import LabelError
 from laif_jax.labeling.leases import LEASE
 from laif_jax.labeling.logs import set_up
 from laif_jax.labeling.process import end_with_parent
 from laif_jax.labeling.service import serve_labels
 from laif_jax.labeling.worker import work_off
+from laif_jax.records.errors import LaifError
 
 
 def main() -> int:
@@ -57,8 +57,10 @@ def main() -> int:
             options.lease,
             token=read_token(options.token_env, options.token_file),
             limits=limits_of(options),
+            endpoints=options.endpoints,
+            any_endpoint=options.any_endpoint,
         )
-    except LabelError as error:
+    except LaifError as error:
         logging.getLogger("laif_jax.labeling").error("%s", error)
         return 1
     return 0

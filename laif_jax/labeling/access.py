@@ -89,7 +89,7 @@ class Limits:
 
 
 def add_access(parser: argparse.ArgumentParser) -> None:
-    """The options that `read_token` and `limits_of` read."""
+    """The options that `read_token`, `limits_of` and `serve_labels` read."""
     parser.add_argument(
         "--token-env",
         default=TOKEN_ENV,
@@ -97,6 +97,18 @@ def add_access(parser: argparse.ArgumentParser) -> None:
         help=f"the environment variable that holds the token which requests must carry (default: {TOKEN_ENV})",
     )
     parser.add_argument("--token-file", metavar="FILE", help="a file of mode 600 that holds the token alone")
+    who = parser.add_mutually_exclusive_group()
+    who.add_argument(
+        "--endpoints",
+        metavar="FILE",
+        help="with a token: a YAML file whose section `endpoints` lists all that jobs may ask (default: simulated "
+        "ones only)",
+    )
+    who.add_argument(
+        "--any-endpoint",
+        action="store_true",
+        help="with a token: its holders may name any address, key and file of this machine, as its user could",
+    )
     parser.add_argument(
         "--max-body",
         type=float,

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from laif_jax.labeling import examples
 from laif_jax.labeling.access import Gate, Limits
+from laif_jax.labeling.allowed import Allowed, NotAllowedError
 from laif_jax.labeling.errors import CriticError, EndpointError
 from laif_jax.labeling.face import add_face
 from laif_jax.labeling.jobs import JobStatus, job_request
@@ -69,6 +70,7 @@ def create_app(
     token: Key | None = None,
     limits: Limits | None = None,
     host_names: frozenset[str] | None = None,
+    allowed: Allowed | None = None,
 ) -> FastAPI:
     """The application over an open store, which it closes when it ends.
 
@@ -76,6 +78,7 @@ def create_app(
       on_start: called once the application is up.
       token: needed for everything but its pages and `/health`; None: nobody is asked for one.
       host_names: without a token: the names by which requests must address the service; None: any.
+      allowed: the endpoints that jobs may ask; None: any.
     """
     live = Live()
 
@@ -104,7 +107,7 @@ def create_app(
     )
     app.add_middleware(Gate, token=token, limits=limits, host_names=host_names)
     handle_problems(app)
-    _add_jobs(app, store, live, trusting=token is not None)
+    _add_jobs(app, store, live, trusting=token is not None, allowed=allowed)
     _add_counts(app, store, live, trusting=token is None)
     add_face(app, store, live, needs_token=token is not None)
     return app
@@ -114,7 +117,7 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Problem, "description": examples.PROBLEMS[status]} for status in statuses}
 
 
-def _add_jobs(app: FastAPI, store: Store, live: Live, *, trusting: bool) -> None:
+def _add_jobs(app: FastAPI, store: Store, live: Live, *, trusting: bool, allowed: Allowed | None) -> None:
     # The body is read by hand: a job of 20,000 comparisons is decoded in a thread, and others are answered meanwhile.
     content = {"application/json": {"schema": _job_schema(), "examples": examples.JOBS}}
     body_of_job = {"requestBody": {"required": True, "content": content}}
@@ -140,8 +143,10 @@ def _add_jobs(app: FastAPI, store: Store, live: Live, *, trusting: bool) -> None
         _refuse_strangers(request, trusting)
         body = await request.body()
         try:
-            work, cap = await asyncio.to_thread(_read_work, body)
+            work, cap, body = await asyncio.to_thread(_read_work, body, allowed)
             return live.runner.submit(work, body, cap)
+        except NotAllowedError as error:
+            raise Refusal(403, "endpoint_not_allowed", str(error)) from error
         except ValidationError as error:
             raise invalid(error) from error
         except (CriticError, EndpointError) as error:
@@ -242,12 +247,16 @@ def _host_of(origin: str) -> str:
         return ""
 
 
-def _read_work(body: bytes) -> tuple[Work, int | None]:
-    """The work of a job, and its budget in nano-dollars."""
+def _read_work(body: bytes, allowed: Allowed | None) -> tuple[Work, int | None, bytes]:
+    """The work of a job, its budget in nano-dollars, and the job as other workers shall read it."""
     job = job_request.validate_json(body)
+    if allowed is not None:
+        # The only way in: what runs, and what workers of the same store find there, is the operator's own entry.
+        job = job.model_copy(update={"endpoint": allowed.admit(job.endpoint)})
+        body = job.model_dump_json().encode("utf-8", "surrogatepass")
     work = job.work()
     assert work.id  # hashed here, in the thread
-    return work, job.cap
+    return work, job.cap, body
 
 
 def _job_schema() -> dict[str, Any]:

@@ -12,13 +12,14 @@ Submit a job (`POST /v1/jobs`), look at it until its `state` is `done` (`GET /v1
 (`GET /v1/jobs/{id}/results`). The Python client, `laif_jax.labeling.LabelClient`, does these three.
 
 **Token.** A service that others than this machine can reach needs `Authorization: Bearer TOKEN` with every request but
-those to its pages and to `/health`. Who has the token can spend what the keys on the service's machine pay for.
+those to its pages and to `/health`. It asks only the endpoints that its operator listed (and simulated ones), with the
+operator's keys and prices: a job gives provider, model, address, `options` and `batch` as listed, and no key.
 
 **Errors** have one shape, `Problem`: `detail` for people, `kind` for programs, `problems` for mistakes in a request.
 After 429, wait as `Retry-After` says.
 
 **Keys** of endpoints are never sent: a job names the environment variable (`api_key_env`) or the file (`api_key_file`)
-on the service's machine.
+on the service's machine, or, with a token, neither.
 """
 
 TAGS = [
@@ -28,7 +29,7 @@ TAGS = [
 
 PROBLEMS = {
     401: "the token is missing or wrong",
-    403: "another host's name, or a web page of another site",
+    403: "another host's name, a web page of another site, or an endpoint that this service does not ask for others",
     404: "no such job",
     413: "the body is too large",
     415: "the body was not sent as `application/json`",

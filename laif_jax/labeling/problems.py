@@ -31,9 +31,9 @@ class Problem(BaseModel):
 
     Attributes:
       detail: what is wrong and what to do, for people.
-      kind: `unauthorised` (401), `wrong_host`, `wrong_origin` (403), `not_found` (404), `not_allowed` (405),
-        `too_large` (413), `not_json` (415), `invalid` (422), `too_many_requests` (429), `internal` (500),
-        `store` (503).
+      kind: `unauthorised` (401), `wrong_host`, `wrong_origin`, `endpoint_not_allowed` (403), `not_found` (404),
+        `not_allowed` (405), `too_large` (413), `not_json` (415), `invalid` (422), `too_many_requests` (429),
+        `internal` (500), `store` (503).
       problems: of `invalid`: the mistakes, the first 20.
     """
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import uvicorn
 
 from laif_jax.labeling.access import Limits, need_token
+from laif_jax.labeling.allowed import Allowed, load_allowed
 from laif_jax.labeling.api import create_app
 from laif_jax.labeling.budget import parse_money
 from laif_jax.labeling.client import LabelClient
@@ -38,6 +39,8 @@ def serve_labels(
     *,
     token: Key | None = None,
     limits: Limits | None = None,
+    endpoints: str | Path | None = None,
+    any_endpoint: bool = False,
 ) -> None:
     """Serves until SIGTERM or SIGINT; then stops calling, stores the answers that are under way, and ends.
 
@@ -50,12 +53,15 @@ def serve_labels(
       lease: seconds that it may be silent before workers on other machines take over its calls.
       token: what requests must carry (`access.read_token`); needed if `host` is not this machine alone.
       limits: of bodies and of requests per second.
+      endpoints: with a token: a YAML file with all the endpoints that jobs may ask; None: simulated ones only.
+      any_endpoint: with a token: jobs may ask any, with any key and file of this machine.
 
     Raises:
       BudgetError: `budget` is no amount. StoreError: the store cannot be opened. LabelServiceError: the port is taken,
-        or others could reach it and there is no token.
+        others could reach it and there is no token, or `endpoints` cannot be asked. ConfigError: it cannot be read.
     """
     need_token(host, token)
+    allowed = _allowed(token, endpoints, any_endpoint)
     # httpx logs every address at INFO; a run makes thousands.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     cap = None if budget in (None, "none") else parse_money(budget)
@@ -84,7 +90,7 @@ def serve_labels(
             partial.replace(path)  # a reader never sees half an address
 
     names = frozenset({"127.0.0.1", "localhost", "::1", host.strip("[]")}) if token is None else None
-    app = create_app(opened, announce, token=token, limits=limits, host_names=names)
+    app = create_app(opened, announce, token=token, limits=limits, host_names=names, allowed=allowed)
     # No log set-up of its own: what it says passes our filter of keys.
     config = uvicorn.Config(
         app,
@@ -102,6 +108,25 @@ def serve_labels(
     finally:
         opened.close()
         listener.close()
+
+
+def _allowed(token: Key | None, endpoints: str | Path | None, any_endpoint: bool) -> Allowed | None:
+    """What jobs may ask; None: anything, as the user of this machine could by himself."""
+    if token is None:
+        if endpoints is not None or any_endpoint:
+            raise LabelServiceError(
+                "--endpoints and --any-endpoint have no effect without a token: then only this machine reaches the "
+                "service, and its jobs may ask any endpoint. Give a token (--token-file, --token-env), or leave it out"
+            )
+        return None
+    if any_endpoint:
+        log.warning(
+            "whoever holds the token can have any key and file of this machine sent anywhere (--any-endpoint)"
+        )
+        return None
+    allowed = load_allowed(endpoints)
+    log.info("jobs may ask: %s", allowed.describe())
+    return allowed
 
 
 @contextlib.contextmanager
