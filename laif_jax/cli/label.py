@@ -23,15 +23,21 @@ def _open(options: argparse.Namespace):
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from laif_jax.config import load_config
-    from laif_jax.config.load import labels_pairs
+    from laif_jax.config import PpoConfig, load_config
+    from laif_jax.config.load import describes, labels_pairs
 
     if labels_pairs(options.config):
         return _plan_pairs(options)
-    config = load_config(options.config, options.overrides)
-    from laif_jax.studies.plan import plan_study, show_plan
+    if describes(options.config) is PpoConfig:
+        run = load_config(options.config, options.overrides, PpoConfig)
+        from laif_jax.studies.plan import plan_ppo, show_plan
 
-    plan = plan_study(config)
+        plan = plan_ppo(run)
+    else:
+        config = load_config(options.config, options.overrides)
+        from laif_jax.studies.plan import plan_study, show_plan
+
+        plan = plan_study(config)
     print(json.dumps(plan.to_json(), indent=2) if options.json else show_plan(plan))
     return 0
 
@@ -179,27 +185,6 @@ def _budget(options: argparse.Namespace) -> int:
     cap = "none" if account.cap is None else show_money(account.cap)
     print(f"budget {cap}; spent {show_money(account.spent)}, presumed {show_money(account.presumed)}")
     return 0
-
-
-def add_access(parser: argparse.ArgumentParser) -> None:
-    """The options of who may use a service. As in `labeling.access`, which takes seconds to import."""
-    parser.add_argument(
-        "--token-env",
-        default="LAIF_LABEL_TOKEN",
-        metavar="NAME",
-        help="the environment variable that holds the token which requests must carry (default: LAIF_LABEL_TOKEN)",
-    )
-    parser.add_argument("--token-file", metavar="FILE", help="a file of mode 600 that holds the token alone")
-    parser.add_argument(
-        "--max-body", type=float, default=256.0, metavar="MIB", help="largest request (default: 256)"
-    )
-    parser.add_argument(
-        "--max-rate",
-        type=float,
-        default=200.0,
-        metavar="N",
-        help="requests per second of one address (default: 200)",
-    )
 
 
 def _canary(options: argparse.Namespace) -> int:

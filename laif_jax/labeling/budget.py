@@ -5,8 +5,9 @@ upper bound of what its call can cost, and no call is sent before its reservatio
 answer we have (time-out, cut body, killed worker) may still be on the bill: its reservation becomes `presumed`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -21,6 +22,7 @@ __all__ = [
     "UNLIMITED",
     "Account",
     "BudgetError",
+    "longest_completion",
     "most_completion",
     "most_tokens",
     "parse_money",
@@ -38,11 +40,15 @@ def most_tokens(messages: Iterable[dict[str, str]]) -> int:
 _COMPLETION = ("max_tokens", "max_completion_tokens", "max_output_tokens", "maxOutputTokens")
 
 
+def longest_completion(fields: Mapping[str, Any]) -> int:
+    """The largest limit of a completion's tokens among a request's fields."""
+    return max((fields[name] for name in _COMPLETION if isinstance(fields.get(name), int)), default=UNLIMITED)
+
+
 def most_completion(call: Call) -> int:
     """An upper bound of the completion's tokens: the largest limit in the request, times its samples."""
     said = {**call.params, **call.endpoint.options}
-    limits = [said[name] for name in _COMPLETION if isinstance(said.get(name), int)]
-    return max(limits, default=UNLIMITED) * int(said.get("n") or 1)
+    return longest_completion(said) * int(said.get("n") or 1)
 
 
 @dataclass(frozen=True, slots=True)

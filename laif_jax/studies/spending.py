@@ -1,39 +1,21 @@
-"""Planned against spent: what a study's plan said of its calls, beside what its labelling store has booked."""
+"""Planned against spent of a study: its plan, beside what its labelling store has booked."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import sqlalchemy as sa
-
 from laif_jax.config import EndpointSpec, StudyConfig
-from laif_jax.labeling import schema
-from laif_jax.labeling.budget import show_money
 from laif_jax.labeling.calls import Endpoint
 from laif_jax.labeling.errors import LabelError
 from laif_jax.labeling.local_servers import weights_id
+from laif_jax.labeling.spending import Amount, booked_by_critic, entry, spending_rows, total
 from laif_jax.labeling.store import Store
 from laif_jax.stages.context import with_weights
-from laif_jax.studies.plan import Plan, PlanRow
+from laif_jax.studies.plan import Plan
 
-COUNTS = ("calls", "prompt_tokens", "completion_tokens")
+__all__ = ["spending", "spending_rows"]
+
 Group = tuple[str, str]  # endpoint's key, critic ("" where nobody judges)
-
-
-@dataclasses.dataclass
-class Amount:
-    """`nanos`: nano-dollars; None: a price is not known."""
-
-    calls: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    nanos: int | None = 0
-
-    def add(self, other: "Amount | PlanRow") -> None:
-        for name in COUNTS:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.nanos = None if self.nanos is None or other.nanos is None else self.nanos + other.nanos
 
 
 def spending(config: StudyConfig, plan: Plan | None, store: Path | None) -> dict[str, Any]:
@@ -47,59 +29,49 @@ def spending(config: StudyConfig, plan: Plan | None, store: Path | None) -> dict
       plan: None: it could not be made. store: None: the labelling service is another's, who knows what was spent.
     """
     booked, notes = _booked(store)
+    unknown = store is None
     rows = [
-        {**row, "planned": dataclasses.asdict(planned), "spent": _plain(booked.pop(group, None), store)}
-        for group, (row, planned) in _planned(config, plan).items()
+        entry(
+            described.roles,
+            described.endpoint,
+            described.model,
+            group[1],
+            described.amount,
+            None if unknown else booked.pop(group, Amount()),
+        )
+        for group, described in _planned(config, plan).items()
     ]
-    rows += [
-        {
-            "roles": [],
-            "endpoint": "",
-            "model": "",
-            "critic": critic,
-            "planned": None,
-            "spent": _plain(amount, store),
-        }
-        for (_, critic), amount in sorted(booked.items())
-    ]
-    known = [row["spent"] for row in rows if row["spent"]]
-    total = Amount()
-    for spent in known:
-        total.add(Amount(**spent))
+    rows += [entry([], "", "", critic, None, amount) for (_, critic), amount in sorted(booked.items())]
+    spent = total(Amount(**row["spent"]) for row in rows if row["spent"])
     if plan is None:
         notes.append("no plan could be made; the log says why")
     else:
-        notes += plan.notes
-    all_planned = _sum(plan.rows) if plan else None
+        notes += [*plan.notes, *plan.reasons]
     return {
         "rows": rows,
-        "planned": dataclasses.asdict(all_planned) if all_planned else None,
-        "spent": dataclasses.asdict(total) if store is not None else None,
+        "planned": dataclasses.asdict(total(plan.rows)) if plan else None,
+        "spent": None if unknown else dataclasses.asdict(spent),
         "notes": notes,
     }
 
 
-def _plain(amount: Amount | None, store: Path | None) -> dict[str, Any] | None:
-    if store is None:
-        return None
-    return dataclasses.asdict(amount or Amount())
+@dataclasses.dataclass
+class _Planned:
+    """The roles that share a row."""
+
+    endpoint: str
+    model: str
+    roles: list[str] = dataclasses.field(default_factory=list)
+    amount: Amount = dataclasses.field(default_factory=Amount)
 
 
-def _sum(rows: Iterable[PlanRow]) -> Amount:
-    total = Amount()
-    for row in rows:
-        total.add(row)
-    return total
-
-
-def _planned(config: StudyConfig, plan: Plan | None) -> dict[Group, tuple[dict[str, Any], Amount]]:
-    found: dict[Group, tuple[dict[str, Any], Amount]] = {}
+def _planned(config: StudyConfig, plan: Plan | None) -> dict[Group, _Planned]:
+    found: dict[Group, _Planned] = {}
     for row in plan.rows if plan else ():
         group = (_key(config.endpoints[row.endpoint]), row.critic)
-        shown = {"roles": [], "endpoint": row.endpoint, "model": row.model, "critic": row.critic}
-        described, amount = found.setdefault(group, (shown, Amount()))
-        described["roles"].append(f"{row.role} {row.name}")
-        amount.add(row)
+        described = found.setdefault(group, _Planned(row.endpoint, row.model))
+        described.roles.append(f"{row.role} {row.name}")
+        described.amount.add(row)
     return found
 
 
@@ -121,58 +93,6 @@ def _booked(store: Path | None) -> tuple[dict[Group, Amount], list[str]]:
     except LabelError as error:
         return {}, [f"what was spent could not be read: {error}"]
     try:
-        return _read(opened), []
+        return booked_by_critic(opened.engine), []
     finally:
         opened.close()
-
-
-def _read(store: Store) -> dict[Group, Amount]:
-    used, jobs = schema.usage.c, schema.jobs.c
-    unknown = sa.func.count() - sa.func.count(used.nanos)
-    query = (
-        sa.select(
-            sa.func.coalesce(jobs.endpoint_key, ""),
-            sa.func.coalesce(jobs.critic, ""),
-            sa.func.count(),
-            sa.func.coalesce(sa.func.sum(used.prompt_tokens), 0),
-            sa.func.coalesce(sa.func.sum(used.completion_tokens), 0),
-            sa.func.coalesce(sa.func.sum(used.nanos), 0),
-            unknown,
-        )
-        .select_from(schema.usage.outerjoin(schema.jobs, used.job == jobs.id))
-        .where(used.kind != "imported")
-        .group_by(jobs.endpoint_key, jobs.critic)
-    )
-    with store.engine.connect() as connection:
-        return {
-            (row[0], row[1]): Amount(row[2], int(row[3]), int(row[4]), None if row[6] else int(row[5]))
-            for row in connection.execute(query)
-        }
-
-
-# ---- shown -------------------------------------------------------------------------------------------------------
-
-
-def spending_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The rows of the table, and their sum, as text: `who`, `model`, and planned and spent of each count."""
-    rows = [
-        {
-            "who": " + ".join(row["roles"]) or "not planned",
-            "model": row["model"] or row["critic"],
-            **_cells(row),
-        }
-        for row in found["rows"]
-    ]
-    return [*rows, {"who": "total", "model": "", **_cells(found)}]
-
-
-def _cells(row: Mapping[str, Any]) -> dict[str, str]:
-    cells = {}
-    for side in ("planned", "spent"):
-        amount = row[side]
-        texts = ("–", "–", "–")
-        if amount:
-            tokens = amount["prompt_tokens"] + amount["completion_tokens"]
-            texts = (f"{amount['calls']:,}", f"{tokens:,}", show_money(amount["nanos"]))
-        cells |= dict(zip((f"{side}_calls", f"{side}_tokens", f"{side}_money"), texts, strict=True))
-    return cells

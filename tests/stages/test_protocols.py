@@ -114,8 +114,10 @@ def test_a_teachers_revisions_are_its_targets(make, study) -> None:
     assert all(len(target.meta["steps"]) == 2 for target in targets)
     every = [Completion.from_row(row) for row in read_jsonl(made.path / "revisions.jsonl.gz")]
     assert [row.meta["step"] for row in every] == [1, 2] * len(targets)
-    plan = {row.name: row for row in plan_study(ctx.config).rows if row.role == "teacher"}
-    assert plan["reference"].calls == 5 * len(targets)
+    plan = {row.role: row for row in plan_study(ctx.config).rows if row.name == "reference"}
+    assert (plan["teacher"].calls, plan["teacher"].at_most) == (len(targets), [])
+    assert plan["revision"].calls == 4 * len(targets)
+    assert plan["revision"].critic == "constitutional"  # under which the store books them
 
 
 def test_the_judge_of_an_evaluation_may_be_a_panel(make, study, tmp_path) -> None:

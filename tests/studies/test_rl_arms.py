@@ -90,6 +90,36 @@ def test_all_rounds_together_ask_about_the_prompts_of_one_round_each_once(study,
     assert [row["prompts"] for row in rows] == [15, 15]
 
 
+def test_what_was_planned_is_what_was_asked(study, results):
+    rows = {row["roles"][0]: row for row in results["spending"]["rows"]}
+    assert set(rows) == {"teacher weak", "teacher strong", "critic strong", "judge strong"}
+    for teacher in ("teacher weak", "teacher strong"):
+        assert rows[teacher]["planned"]["calls"] == rows[teacher]["spent"]["calls"]
+        assert not rows[teacher]["planned"]["at_most"]
+    # One round over the prompts that are left, shared by four arms; and two arms of two rounds over them.
+    for role, kind, comparisons in (
+        ("critic strong", "label", 3 * 30),
+        ("judge strong", "evaluate", 16 * len(list(study.glob("evaluate-*")))),
+    ):
+        asked, distinct = questions(study, kind)
+        assert rows[role]["planned"]["calls"] == 2 * comparisons
+        assert asked <= comparisons  # what came out empty is not compared
+        assert rows[role]["spent"]["calls"] == distinct  # equal questions are asked once
+        assert rows[role]["planned"]["at_most"]
+
+
+def questions(study: Path, kind: str) -> tuple[int, int]:
+    """Comparisons of a kind of stage, and different questions (texts in an order) among them."""
+    found, count = set(), 0
+    for file in study.glob(f"{kind}-*/judgements.jsonl.gz"):
+        for row in tiny.rows(file):
+            facts, count = row["meta"]["pair"], count + 1
+            one, other = facts["texts"]
+            if one != other:
+                found |= {(facts["prompt"], one, other), (facts["prompt"], other, one)}
+    return count, len(found)
+
+
 def test_each_round_starts_from_the_policy_of_the_one_before(study, results):
     manifests = tiny.manifests(tiny_rl.finished())
     first, second = (folder_of(study, results, f"dpo rounds, round {number}") for number in (1, 2))
@@ -188,6 +218,11 @@ def test_a_critic_that_rates_is_itself_the_reward(tmp_path):
         assert trained["objective/scores"] == pytest.approx(
             (trained["objective/ratings_score"] - 5.5) / 4.5, abs=1e-5
         )
+    # Two iterations of eight responses, and evaluations of eight before them and after each: all were planned.
+    (planned,) = [row for row in made["spending"]["rows"] if row["roles"] == ["reward rater"]]
+    assert planned["planned"]["calls"] == 2 * 8 + 3 * 8
+    assert 0 < planned["spent"]["calls"] <= planned["planned"]["calls"]
+    assert planned["planned"]["at_most"]
 
 
 # ---- rounds that stop ------------------------------------------------------------------------------------------
