@@ -18,6 +18,7 @@ class Failure(Record):
 
     Attributes:
       status: "failed" or "refused". reason: why, and what to do.
+      passing: it may come when it is asked for again: nobody was reached, or there were too many calls.
     """
 
     prompt_id: str
@@ -25,6 +26,7 @@ class Failure(Record):
     sample_index: int = 0
     status: Status
     reason: str
+    passing: bool = False
 
 
 class CompleteWork:
@@ -94,6 +96,7 @@ class CompleteWork:
                 sample_index=sample,
                 status=status,
                 reason=reason,
+                passing=outcome.passing,
             )
             return failure, status
         completion = Completion(

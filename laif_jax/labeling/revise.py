@@ -240,6 +240,7 @@ class ReviseWork:
             sample_index=source.sample_index,
             status=status,
             reason=f"{what}: {reason}",
+            passing=last.passing,
         )
 
     def _result(

@@ -131,7 +131,7 @@ def _ask(ctx: Context, spec: VoiceSpec, comparisons: list[Comparison], *, cost: 
             on_progress=job_lines(f"judgements of {spec.endpoint}"),
         )
 
-    final = ask_patiently(ask, spec.endpoint, ctx.config.labeling)
+    final = ask_patiently(ask, spec.endpoint, ctx.config.labeling, "comparisons")
     single = client.judgements() if spec.order == "both" else []
     if ctx.config.labeling.probe:
         ask_probe(client, ctx.services.endpoint(spec.endpoint), critic, ctx.config.labeling.probe)

@@ -18,6 +18,7 @@ from laif_jax.records import Completion, DataError, read_jsonl, write_jsonl
 from laif_jax.stages import prompts as prompts_stage
 from laif_jax.stages.artifact import Artifact, StageError, run_stage
 from laif_jax.stages.context import Context, StudyContext
+from laif_jax.stages.patience import ask_patiently
 from laif_jax.stages.progress import job_lines
 from laif_jax.stages.usage import usage_of
 
@@ -29,7 +30,9 @@ def run(
 ) -> Artifact:
     """Completions of one teacher for the rows `start:stop` of a split, in their order.
 
-    An answer that failed, was refused or is empty is left out and counted; too few answers end the stage.
+    An answer that failed, was refused or is empty is left out and counted. Where too few came because the teacher is
+    not there for a while, it is asked again for the rest until `labeling.max_wait` seconds have passed without one more
+    answer; too few even then end the stage.
     """
     spec = ctx.config.teachers[teacher]
     settings = {
@@ -115,16 +118,20 @@ def _from_service(
 ) -> tuple[list[Completion], dict[str, int], str]:
     """(completions, counts by how the others ended, why the first missing one is missing)."""
     spec = ctx.config.teachers[teacher]
-    answers = ctx.services.client.complete(
-        ctx.services.endpoint(spec.endpoint or ""),
-        [row.prompt for row in rows],
-        system=spec.system,
-        temperature=spec.temperature,
-        max_tokens=spec.max_tokens,
-        generator=teacher,
-        seed=ctx.config.seed,
-        on_progress=job_lines(f"completions of {teacher}"),
-    )
+
+    def ask() -> list[Completion | Failure]:
+        return ctx.services.client.complete(
+            ctx.services.endpoint(spec.endpoint or ""),
+            [row.prompt for row in rows],
+            system=spec.system,
+            temperature=spec.temperature,
+            max_tokens=spec.max_tokens,
+            generator=teacher,
+            seed=ctx.config.seed,
+            on_progress=job_lines(f"completions of {teacher}"),
+        )
+
+    answers = ask_patiently(ask, spec.endpoint or "", ctx.config.labeling, "prompts")
     found = [answer for answer in answers if isinstance(answer, Completion) and answer.text.strip()]
     if spec.revisions:
         revised = _revised(ctx, rows, found, teacher)
@@ -141,15 +148,19 @@ def _revised(
 ) -> list[Completion | Failure]:
     """The teacher's revisions of its own answers (SL-CAI). Each carries the usage of the answer too."""
     spec, prompts = ctx.config.teachers[teacher], {row.prompt.id: row.prompt for row in rows}
-    found = ctx.services.client.revise(
-        ctx.services.endpoint(spec.endpoint or ""),
-        [(prompts[completion.prompt_id], completion) for completion in completions],
-        generator=teacher,
-        reviser=load_reviser(spec.reviser, spec.principles),
-        steps=spec.revisions,
-        seed=ctx.config.seed,
-        on_progress=job_lines(f"revisions of {teacher}"),
-    )
+
+    def ask() -> list[Completion | Failure]:
+        return ctx.services.client.revise(
+            ctx.services.endpoint(spec.endpoint or ""),
+            [(prompts[completion.prompt_id], completion) for completion in completions],
+            generator=teacher,
+            reviser=load_reviser(spec.reviser, spec.principles),
+            steps=spec.revisions,
+            seed=ctx.config.seed,
+            on_progress=job_lines(f"revisions of {teacher}"),
+        )
+
+    found = ask_patiently(ask, spec.endpoint or "", ctx.config.labeling, "revisions")
     return [
         answer.model_copy(update={"usage": sum_usage([first.usage, answer.usage])})
         if isinstance(answer, Completion)
