@@ -204,7 +204,6 @@ def _canary(options: argparse.Namespace) -> int:
 
 def _quality(options: argparse.Namespace) -> int:
     from laif_jax.labeling.judged import Judged, read_files, read_store
-    from laif_jax.labeling.pair_files import read_pairs
 
     judged = Judged()
     if options.store is not None or not options.files:
@@ -216,7 +215,7 @@ def _quality(options: argparse.Namespace) -> int:
             store.close()
     read_files(options.files, judged)
     for path in options.pairs:
-        pairs = read_pairs(path)
+        pairs = _labelled_pairs(path)
         if not judged.label(pairs):
             raise LaifError(f"{path}: not one of its {len(pairs):,} pairs was judged here")
     from laif_jax.studies.quality import quality
@@ -243,6 +242,17 @@ def _quality(options: argparse.Namespace) -> int:
     for name, path in files.items():
         print(f"{name}: {path}")
     return 0
+
+
+def _labelled_pairs(path: str):
+    """The pairs of a file, or of the configuration of `laif label run` that names its columns."""
+    from laif_jax.labeling.pair_files import read_pairs
+
+    if not path.endswith((".yaml", ".yml")):
+        return read_pairs(path)
+    from laif_jax.config.load import load_label_config
+
+    return read_pairs(load_label_config(path).pairs)
 
 
 def add_verbs(verb: Verb, to: argparse._SubParsersAction) -> None:
@@ -279,7 +289,11 @@ def add_verbs(verb: Verb, to: argparse._SubParsersAction) -> None:
     quality.add_argument("files", nargs="*", help="exports, or files of judgements, instead of a store")
     quality.add_argument("--store", help="its folder or address (default: labels, if no file is given)")
     quality.add_argument(
-        "--pairs", action="append", default=[], metavar="FILE", help="pairs with people's labels in `human`"
+        "--pairs",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="pairs with labels in `human`; or the YAML file of `laif label run`, which names their columns",
     )
     quality.add_argument("--critic", default="", metavar="TEXT", help="critics whose name or model holds it")
     quality.add_argument(

@@ -14,7 +14,8 @@ class PairFile(Spec):
     Attributes:
       prompt, a, b: names of its columns. A prompt is a text, or a list of messages with `role` and `content`.
       label: a column that says which one is better, for a measure of agreement: the probability that `b` is, or (with
-        `label_kind: winner`) 1 for a, 2 for b, 0 for a tie; of a list of votes the mean.
+        `label_kind: winner`) 1 for a, 2 for b, 0 for a tie; of a list of votes the mean. None: the column `human`, with
+        1, 2 and 0, where there is one.
       limit: rows to take, from the start.
     """
 

@@ -4,16 +4,14 @@ import contextlib
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from laif_jax.config.endpoints import LabelingSpec
-from laif_jax.config.label import LabelConfig, PairFile
+from laif_jax.config.label import LabelConfig
 from laif_jax.config.schema import SymbolsSpec
 from laif_jax.labeling.access import read_token
 from laif_jax.labeling.calls import Call, Endpoint
@@ -23,24 +21,13 @@ from laif_jax.labeling.database import is_address
 from laif_jax.labeling.errors import LabelServiceError
 from laif_jax.labeling.jobs import JudgeJob
 from laif_jax.labeling.local_servers import running
+from laif_jax.labeling.pair_files import LabelledPair, read_pairs
 from laif_jax.labeling.prices import cost, price_of
 from laif_jax.labeling.probe import ask_probe
 from laif_jax.labeling.service import start_service
 from laif_jax.labeling.store import Store
-from laif_jax.records import (
-    Comparison,
-    Completion,
-    DataError,
-    Judgement,
-    Message,
-    Prompt,
-    Usage,
-    read_rows,
-    write_jsonl,
-)
+from laif_jax.records import DataError, Judgement, Usage, write_jsonl
 from laif_jax.worlds import symbols
-
-_VOTES = {1: 0.0, 2: 1.0, 0: 0.5}
 
 
 @dataclass(frozen=True)
@@ -60,42 +47,6 @@ class LabelledFile:
     cached: int
 
 
-def read_comparisons(spec: PairFile) -> tuple[list[dict[str, Any]], list[Comparison]]:
-    """The rows of a file, and the comparison of each.
-
-    Raises:
-      DataError: it cannot be read, lacks a column, or a row is malformed; the message has its number.
-    """
-    rows, comparisons = [], []
-    for number, row in enumerate(read_rows(spec.path), 1):
-        if spec.limit is not None and number > spec.limit:
-            break
-        if missing := [name for name in (spec.prompt, spec.a, spec.b) if name not in row]:
-            raise DataError(
-                f"{spec.path}, row {number}: no column {', '.join(missing)}; there are {', '.join(row)}. Name them in "
-                "`pairs.prompt`, `pairs.a` and `pairs.b`"
-            )
-        rows.append(row)
-        try:
-            prompt = _prompt(row[spec.prompt])
-            a, b = (
-                Completion(prompt_id=prompt.id, generator=n, text=row[c])
-                for n, c in (("a", spec.a), ("b", spec.b))
-            )
-            comparisons.append(Comparison(prompt=prompt, a=a, b=b))
-        except (ValidationError, TypeError, KeyError) as error:
-            raise DataError(f"{spec.path}, row {number}: not a prompt and two texts ({error})") from error
-    if not rows:
-        raise DataError(f"{spec.path}: holds no rows")
-    return rows, comparisons
-
-
-def _prompt(value: Any) -> Prompt:
-    if isinstance(value, str):
-        return Prompt.from_text(value)
-    return Prompt(messages=tuple(Message(role=turn["role"], content=turn["content"]) for turn in value))
-
-
 def label_pairs(
     config: LabelConfig, on_start: Callable[[str], None] | None = None, on_progress: Progress | None = None
 ) -> LabelledFile:
@@ -105,10 +56,11 @@ def label_pairs(
       on_start: gets the address of the service, whose dashboard can be looked at meanwhile.
 
     Raises:
-      DataError: see `read_comparisons`. CriticError, EndpointError: the critic or the endpoint cannot be used.
+      DataError: see `read_pairs`. CriticError, EndpointError: the critic or the endpoint cannot be used.
       LabelServiceError: the service failed or is out of budget; answers already given are kept.
     """
-    rows, comparisons = read_comparisons(config.pairs)
+    pairs = read_pairs(config.pairs)
+    comparisons = [pair.comparison for pair in pairs]
     critic = load_critic(config.critic)
     with client_of(config.labeling, config.budget) as client, running(config.endpoint) as endpoint:
         if on_start is not None:
@@ -118,8 +70,8 @@ def label_pairs(
         )
         status = client.status(client.last_job)
         ask_probe(client, endpoint, critic, config.labeling.probe)
-    write_jsonl(config.labels, _labelled(rows, judgements, endpoint))
-    agreement, count = _agreement(config.pairs, rows, judgements)
+    write_jsonl(config.labels, _labelled(pairs, judgements, endpoint))
+    agreement, count = _agreement(pairs, judgements)
     return LabelledFile(
         path=config.labels,
         counts=dict(Counter(str(judgement.status.value) for judgement in judgements)),
@@ -148,11 +100,11 @@ def client_of(spec: LabelingSpec, budget: str | None = None) -> Generator[LabelC
 
 
 def _labelled(
-    rows: Sequence[Mapping[str, Any]], judgements: Sequence[Judgement], endpoint: Endpoint
+    pairs: Sequence[LabelledPair], judgements: Sequence[Judgement], endpoint: Endpoint
 ) -> Iterator[dict[str, Any]]:
-    for row, judgement in zip(rows, judgements, strict=True):
+    for pair, judgement in zip(pairs, judgements, strict=True):
         yield {
-            **row,
+            **pair.row,
             "p_b": judgement.p_b,
             "status": judgement.status.value,
             "reason": judgement.reason,
@@ -164,28 +116,14 @@ def _labelled(
         }
 
 
-def _agreement(
-    spec: PairFile, rows: Sequence[Mapping[str, Any]], judgements: Sequence[Judgement]
-) -> tuple[float | None, int]:
-    if spec.label is None:
-        return None, 0
-    agreed = []
-    for number, (row, judgement) in enumerate(zip(rows, judgements, strict=True), 1):
-        truth = _label(row.get(spec.label), spec, number)
-        if truth is not None and judgement.p_b is not None and 0.5 not in (truth, judgement.p_b):
-            agreed.append((truth > 0.5) == (judgement.p_b > 0.5))
+def _agreement(pairs: Sequence[LabelledPair], judgements: Sequence[Judgement]) -> tuple[float | None, int]:
+    """(share of the pairs with a label on both sides, ties left out, that agree; how many those are)."""
+    agreed = [
+        (pair.p_b > 0.5) == (judgement.p_b > 0.5)
+        for pair, judgement in zip(pairs, judgements, strict=True)
+        if pair.p_b is not None and judgement.p_b is not None and 0.5 not in (pair.p_b, judgement.p_b)
+    ]
     return (sum(agreed) / len(agreed) if agreed else None), len(agreed)
-
-
-def _label(value: Any, spec: PairFile, number: int) -> float | None:
-    if value is None:
-        return None
-    votes = value if isinstance(value, list | tuple) else [value]
-    try:
-        found = [_VOTES[vote] if spec.label_kind == "winner" else float(vote) for vote in votes]
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{spec.path}, row {number}: {spec.label} is no label: {value!r}") from error
-    return sum(found) / len(found) if found else None
 
 
 # ---- an example --------------------------------------------------------------------------------------------------
@@ -207,15 +145,18 @@ def write_example(folder: str | Path, count: int = 100, seed: int = 0) -> list[P
         raise DataError(f"{', '.join(there)}: there already. Choose an empty folder")
     folder.mkdir(parents=True, exist_ok=True)
     rng, rows = random.Random(seed), []
+    skills = (0.9, 0.3)
     for prompt in symbols.make_prompts(SymbolsSpec(max_length=8), 20 * count, seed):
-        better, worse = (symbols.teacher_answer(prompt.instruction, skill, rng) for skill in (0.9, 0.3))
+        better, worse = (symbols.teacher_answer(prompt.instruction, skill, rng) for skill in skills)
         qualities = [symbols.quality(prompt.instruction, text) for text in (better, worse)]
         if qualities[0] == qualities[1]:
             continue
-        texts = [(better, qualities[0]), (worse, qualities[1])]
+        texts = list(zip((better, worse), qualities, skills, strict=True))
         rng.shuffle(texts)
-        (a, quality_a), (b, quality_b) = texts
-        rows.append({"prompt": prompt.instruction, "a": a, "b": b, "truth": float(quality_b > quality_a)})
+        row: dict[str, Any] = {"prompt": prompt.instruction}
+        for side, (text, _, skill) in zip("ab", texts, strict=True):
+            row |= {side: text, f"generator_{side}": f"skill-{skill}"}
+        rows.append({**row, "truth": float(texts[1][1] > texts[0][1])})
         if len(rows) == count:
             break
     if len(rows) < count:
@@ -254,7 +195,7 @@ def plan_pairs(config: LabelConfig) -> PairsPlan:
       DataError, CriticError, EndpointError: as `label_pairs`.
     """
     spec, today = config.endpoint, datetime.now(UTC).date()
-    _, comparisons = read_comparisons(config.pairs)
+    comparisons = [pair.comparison for pair in read_pairs(config.pairs, labels=False)]
     local = spec.provider in ("llama_cpp", "checkpoint")
     endpoint = Endpoint.from_spec(spec, base_url="http://127.0.0.1/v1" if local else None)
     critic = load_critic(config.critic)

@@ -14,7 +14,7 @@ from laif_jax.labeling.calls import Endpoint
 from laif_jax.labeling.critic import load_critic
 from laif_jax.labeling.jobs import JudgeJob
 from laif_jax.labeling.judged import Judged, read_files, read_store
-from laif_jax.labeling.pair_files import LabelledPair, read_pairs
+from laif_jax.labeling.pair_files import LabelledPair
 from laif_jax.labeling.probe import SHIPPED, probe_set
 from laif_jax.labeling.store import Store
 from laif_jax.labeling.transfer import export_store
@@ -158,24 +158,6 @@ def test_files_that_hold_nothing_are_told(tmp_path) -> None:
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(DataError, match=r"row 1: no judgement"):
         read_files([tmp_path / "other.jsonl"])
-
-
-def test_pair_files(tmp_path) -> None:
-    rows = [
-        {"prompt": "Hi?", "a": "x", "b": 7, "human": [1, 1, 2], "model_a": "m", "source": "s"},
-        {"prompt": [{"role": "user", "content": "Hi?"}], "a": "x", "b": "y", "human": 0},
-    ]
-    write_jsonl(tmp_path / "pairs.jsonl", rows)
-    first, second = read_pairs(tmp_path / "pairs.jsonl")
-    assert (first.human, first.source, first.comparison.b.text) == ((1, 1, 2), "s", "7")
-    assert (first.comparison.a.generator, first.comparison.b.generator) == ("m", "b")
-    assert second.comparison.prompt.id == first.comparison.prompt.id
-    write_jsonl(tmp_path / "whole.jsonl", [second.comparison.to_row()])
-    assert read_pairs(tmp_path / "whole.jsonl")[0].comparison == second.comparison
-    for bad in ({"prompt": "x", "a": "y"}, {"prompt": "x", "a": "y", "b": "z", "human": [3]}):
-        write_jsonl(tmp_path / "bad.jsonl", [bad])
-        with pytest.raises(DataError, match="row 1"):
-            read_pairs(tmp_path / "bad.jsonl")
 
 
 # ---- drift --------------------------------------------------------------------------------------------------------
