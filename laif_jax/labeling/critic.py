@@ -146,13 +146,13 @@ class Critic(BaseModel):
         return {RATING: "rating", LISTWISE: "listwise"}.get(self.parser, "comparison")  # ty: ignore[invalid-explicit-return]
 
     @cached_property
-    def _template(self) -> list[tuple[str, str]]:
-        return sections("prompt.txt", self.prompt)
+    def _template(self) -> list[tuple[str, list[str]]]:
+        return _split(sections("prompt.txt", self.prompt))
 
     @cached_property
-    def _rationale_template(self) -> list[tuple[str, str]]:
+    def _rationale_template(self) -> list[tuple[str, list[str]]]:
         assert self.rationale is not None
-        return sections("rationale.txt", self.rationale.prompt)
+        return _split(sections("rationale.txt", self.rationale.prompt))
 
     @cached_property
     def hash(self) -> str:
@@ -257,17 +257,19 @@ class Critic(BaseModel):
         return fixed
 
     def _fill(
-        self, template: list[tuple[str, str]], shown: Mapping[str, str], **others: str
+        self, template: list[tuple[str, list[str]]], shown: Mapping[str, str], **others: str
     ) -> tuple[dict[str, str], ...]:
         if self.delimiters and shown:
             delimiter = delimiter_for(*shown.values())
             shown = {name: fence(text, delimiter) for name, text in shown.items()}
             others = {"delimiter": delimiter, **others}
         values = {**others, **shown}
-        return tuple(
-            {"role": role, "content": PLACEHOLDER.sub(lambda match: values[match.group(1)], text)}
-            for role, text in template
-        )
+        messages = []
+        for role, parts in template:
+            filled = parts.copy()
+            filled[1::2] = [values[name] for name in parts[1::2]]
+            messages.append({"role": role, "content": "".join(filled)})
+        return tuple(messages)
 
     def adapted(self, **changes: Any) -> "Critic":
         """This critic with other options: `samples`, `shots`, `clamp`, `temperature`, ..., or `principles`, a path.
@@ -296,6 +298,11 @@ def sections(file: str, text: str) -> list[tuple[str, str]]:
     if len(parts) < 3:
         raise ValueError(f"{file} needs at least one section: a line [system] or [user], then its text")
     return [(role, text.strip("\n")) for role, text in zip(parts[1::2], parts[2::2])]
+
+
+def _split(template: list[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """(role, parts): every second part is a placeholder's name, the others are text."""
+    return [(role, PLACEHOLDER.split(text)) for role, text in template]
 
 
 def shipped_critics(kind: Kind | None = None) -> list[str]:

@@ -2,9 +2,12 @@
 
 import contextlib
 import fcntl
+import logging
 import os
+import sqlite3
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,12 +19,15 @@ from sqlalchemy.exc import ArgumentError
 
 from laif_jax.labeling.errors import StoreError
 
+log = logging.getLogger(__name__)
+CHECKPOINT = 0.25  # seconds between two checkpoints while there is something to do
 PRAGMAS = (
     "journal_mode=WAL",
     "synchronous=FULL",
     "temp_store=MEMORY",
     "cache_size=-65536",
-    "wal_autocheckpoint=4000",
+    # Committing does the rest of what `Checkpoints` does beside it: then the log starts anew.
+    "wal_autocheckpoint=16000",
     "mmap_size=268435456",
 )
 
@@ -65,6 +71,38 @@ def _sqlite(path: Path) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
 
     return engine
+
+
+class Checkpoints:
+    """Copies what SQLite's write-ahead log holds into the database, in a thread of its own while it is written to.
+
+    A commit that does this itself takes as long as hundreds of others; nobody's answer is stored meanwhile.
+
+    Args:
+      written: a number that grows with each commit.
+    """
+
+    def __init__(self, path: Path, written: Callable[[], int]) -> None:
+        self._path, self._written = path, written
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="label-checkpoints", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        done = self._written()
+        with contextlib.closing(sqlite3.connect(self._path, isolation_level=None)) as connection:
+            while not self._end.wait(CHECKPOINT):
+                if (seen := self._written()) == done:
+                    continue
+                done = seen
+                try:
+                    connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                except sqlite3.Error as error:  # a full disk: whoever commits says so, and does it again
+                    log.debug("no checkpoint: %s", error)
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join()
 
 
 def _postgres(address: str) -> Engine:

@@ -311,8 +311,8 @@ def merge(comparison: Comparison, critic: Critic, parts: Sequence[Judgement]) ->
 def sum_usage(usages: Iterable[Usage | None]) -> Usage | None:
     """All tokens together; None if nothing is known."""
     known = [usage for usage in usages if usage is not None]
-    if not known:
-        return None
+    if len(known) <= 1:
+        return known[0] if known else None
     return Usage(
         prompt_tokens=sum(usage.prompt_tokens for usage in known),
         completion_tokens=sum(usage.completion_tokens for usage in known),

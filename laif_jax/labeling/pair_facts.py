@@ -23,5 +23,6 @@ def text_name(text: str) -> str:
 
 
 def told(judgement: Judgement, comparison: Comparison) -> Judgement:
-    """The judgement with the facts of its comparison in `meta.pair`."""
-    return judgement.model_copy(update={"meta": {**judgement.meta, "pair": pair_facts(comparison)}})
+    """The judgement, just made and still its maker's alone, with the facts of its comparison put into `meta.pair`."""
+    judgement.meta["pair"] = pair_facts(comparison)
+    return judgement

@@ -14,12 +14,14 @@ from laif_jax.labeling.calls import Call
 from laif_jax.labeling.errors import LabelError
 from laif_jax.labeling.jobs import JobStatus
 from laif_jax.labeling.leases import Claimed, Want
-from laif_jax.labeling.scheduler import Outcome, Party, Scheduler, request_row, stored_outcome
+from laif_jax.labeling.scheduler import Outcome, Party, Scheduler, request_row, stored_outcome, utf8
 from laif_jax.labeling.store import Row, Store, now
 from laif_jax.labeling.work import Work
 
 log = logging.getLogger(__name__)
 WINDOW = 512  # items that are looked up in the store together
+AHEAD = 512  # calls that are claimed before a worker is free for them, at most
+TURN = 8  # items between two looks of the event loop at what else is due
 STOPPED = "its client stopped the job"
 ENDED = "the service ended before the job did; submit it again"
 POLL = (0.01, 0.5)  # seconds between two looks at what others have in flight: first, most
@@ -86,7 +88,8 @@ class JobRun:
         self._known: dict[int, list[Outcome]] = {}
         self._queue: asyncio.Queue[_Asked | None] = asyncio.Queue()
         self._moved = asyncio.Event()  # the queue runs low, or something that is waited for is answered
-        self._low = party.provider.width // 2
+        # A claim is a commit: workers go on meanwhile with those claimed before.
+        self._low = min(2 * party.provider.width, AHEAD)
         self._hungry = False  # waiting for answers of calls under way
 
     def stop(self) -> None:
@@ -208,18 +211,13 @@ class JobRun:
                 self._queue.put_nowait(None)
 
     async def _all_windows(self, width: int) -> None:
-        for start in range(0, len(self.work), WINDOW):
-            await self._window(range(start, min(start + WINDOW, len(self.work))), width)
-            await self._next_stages(width)
-            if self._over:
-                return
+        await self._windows(range(len(self.work)), width)
         delay = POLL[0]
         while not self._over:
             await self._next_stages(width)
             if self._later:
                 later, self._later = sorted(set(self._later)), []
-                for start in range(0, len(later), WINDOW):
-                    await self._window(later[start : start + WINDOW], width)
+                await self._windows(later, width)
                 if self._later:
                     delay = POLL[0] if len(self._later) < len(later) else min(2 * delay, POLL[1])
                     await self._wait_hungry(delay)
@@ -233,7 +231,7 @@ class JobRun:
         while self._ready and not self._over:
             ready, self._ready = sorted(set(self._ready)), []
             for start in range(0, len(ready), WINDOW):
-                await self._window(ready[start : start + WINDOW], width)
+                await self._ask(await self._look_up(ready[start : start + WINDOW]), width)
 
     async def _wait_hungry(self, seconds: float) -> None:
         self._hungry = True
@@ -253,7 +251,28 @@ class JobRun:
 
     # ---- windows -----------------------------------------------------------------------------------------------
 
-    async def _window(self, positions: Sequence[int], width: int) -> None:
+    async def _windows(self, positions: Sequence[int], width: int) -> None:
+        """Looks items up, window by window, and asks what is not answered. The next window is looked up while the calls
+        of one are claimed."""
+        ahead: asyncio.Task[list[_Asked]] | None = None
+        try:
+            for start in range(0, len(positions), WINDOW):
+                left = None if ahead is None else await ahead
+                ahead = asyncio.create_task(self._look_up(positions[start : start + WINDOW]))
+                await self._ask(left or [], width)
+                await self._next_stages(width)
+                if self._over:
+                    return
+            if ahead is not None:
+                await self._ask(await ahead, width)
+                await self._next_stages(width)
+        finally:
+            if ahead is not None and not ahead.done():
+                ahead.cancel()
+                await asyncio.gather(ahead, return_exceptions=True)
+
+    async def _look_up(self, positions: Sequence[int]) -> list[_Asked]:
+        """The requests of these items that have no answer in the store; items that need none are finished."""
         if self.shared:
             span = range(positions[0], positions[-1] + 1)
             done = await asyncio.to_thread(self.store.finished, self.id, self.run_number, span)
@@ -269,8 +288,8 @@ class JobRun:
                 asked.setdefault(call.key, _Asked(call)).slots.append((item, slot))
             if not calls:
                 self._finish(item)
-            if number % 64 == 63:
-                await asyncio.sleep(0)  # the service answers others meanwhile
+            if number % TURN == TURN - 1:
+                await asyncio.sleep(0)
         answered = await asyncio.to_thread(self.store.answered, list(asked))
         left = []
         for number, entry in enumerate(asked.values()):
@@ -282,13 +301,16 @@ class JobRun:
             else:
                 self._cached += len(entry.slots) * outcome.cached
                 self._take(entry, outcome)
-            if number % 64 == 63:
+            if number % TURN == TURN - 1:
                 await asyncio.sleep(0)
         if len(left) < len(asked):  # what is read from the store must not run ahead of what is written
             await asyncio.wrap_future(self.store.write())
-        chunk = max(8, min(512, width // 2))
+        return left
+
+    async def _ask(self, left: Sequence[_Asked], width: int) -> None:
+        chunk = max(8, min(AHEAD // 2, width))
         for start in range(0, len(left), chunk):
-            await self._chunk(left[start : start + chunk], width)
+            await self._chunk(list(left[start : start + chunk]), width)
 
     async def _chunk(self, entries: list[_Asked], width: int) -> None:
         """Claims requests and queues those that we got; waits for money where the budget has no room."""
@@ -397,7 +419,7 @@ class JobRun:
                 "status": result.status,
                 "endpoint_key": self.work.endpoint.key,
                 "critic_hash": result.critic_hash,
-                "record": result.record.encode("utf-8", "replace").decode(),
+                "record": utf8(result.record),
                 "updated": date,
             }
         common: dict[str, Any] = {"job": self.id, "position": item.position, "run": self.run_number}

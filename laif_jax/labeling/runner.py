@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 from datetime import UTC, datetime
 
@@ -17,6 +18,7 @@ from laif_jax.labeling.work import Work
 
 log = logging.getLogger(__name__)
 LOOK = 0.5  # seconds between two looks for jobs of others
+COLLECT = (20_000, 20, 50)  # see `gc.set_threshold`
 UNDER_WAY = ("running", "out_of_budget")
 
 
@@ -28,6 +30,8 @@ class Runner:
     """
 
     def __init__(self, store: Store, *, join: bool = False, meters: Meters | None = None) -> None:
+        # By its own thresholds Python walks through all items of all jobs again and again, for a tenth of a second.
+        gc.set_threshold(*map(max, gc.get_threshold(), COLLECT))
         self.store = store
         self.scheduler = Scheduler(store, meters)
         self._jobs: dict[str, tuple[JobRun, asyncio.Task[None]]] = {}

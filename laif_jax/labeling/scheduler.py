@@ -19,13 +19,14 @@ from laif_jax.labeling.prices import Price, cost, most, price_of
 from laif_jax.labeling.providers import Provider, SqlLedger, make_provider, read_reply
 from laif_jax.labeling.store import Row, Settle, Store, now
 from laif_jax.records import Usage
+from laif_jax.records.hashing import json_writer
 
 log = logging.getLogger(__name__)
 
 BACKOFF_FIRST = 0.5  # seconds before the second attempt; doubles with each further one
 BACKOFF_MOST = 30.0
 RETRY_AFTER_MOST = 600.0
-_body_json = json.JSONEncoder(ensure_ascii=False).encode
+_body_json = json_writer()
 _THROTTLED = {"rate_limited", "overloaded"}
 
 
@@ -212,7 +213,7 @@ class Scheduler:
         )
         row: Row = {
             "key": call.key,
-            "body": _body_json(body).encode("utf-8", "replace").decode(),
+            "body": utf8(_body_json(body)),
             "model": answer.model,
             "system_fingerprint": answer.fingerprint,
             "latency": latency,
@@ -278,6 +279,11 @@ class Scheduler:
         self.closing = True
         for lane in self._lanes.values():
             lane.nudge()
+
+
+def utf8(text: str) -> str:
+    """Text without lone surrogates."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _plain(text: str) -> str:

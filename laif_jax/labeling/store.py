@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from laif_jax.labeling import budget, leases, migrations, schema
-from laif_jax.labeling.database import FileLock, connect, shown, worker_lock
+from laif_jax.labeling.database import Checkpoints, FileLock, connect, shown, worker_lock
 from laif_jax.labeling.errors import StoreError
 from laif_jax.labeling.store_read import StoreReader
 from laif_jax.labeling.writer import Done, Operation, Row, Settle, Writer, cause
@@ -78,6 +78,9 @@ class Store(StoreReader):
             self._let_go()
             raise
         self._writer = Writer(self.engine, self.worker, self.where)
+        self._checkpoints = (
+            Checkpoints(self.path, lambda: self._writer.commits) if folder is not None else None
+        )
 
     def _lock(self, folder: Path, patience: float, shared: bool) -> None:
         if not shared:
@@ -248,6 +251,8 @@ class Store(StoreReader):
             return
         self._closed = True
         self._writer.close()
+        if self._checkpoints is not None:
+            self._checkpoints.close()
         with (
             contextlib.suppress(SQLAlchemyError),
             self.engine.execution_options(immediate=True).begin() as connection,

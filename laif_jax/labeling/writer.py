@@ -12,19 +12,17 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from operator import itemgetter
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
 
 from laif_jax.labeling import budget, schema
 from laif_jax.labeling.errors import LabelError, StoreError
+from laif_jax.labeling.statements import TABLES, Row, writes
 
 log = logging.getLogger(__name__)
-Row = dict[str, Any]
 GROUP = 4096  # entries of a group at most
 
 
@@ -87,9 +85,10 @@ class Writer:
 
     def __init__(self, engine: Engine, worker: str, where: str) -> None:
         self.stalled = ""  # why nothing can be written at present
+        self.commits = 0
         self._engine = engine.execution_options(immediate=True)
         self._worker, self._where = worker, where
-        self._statements = _statements(engine.dialect.name, worker)
+        self._statements = writes(engine.dialect.name, worker)
         self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._closing = False
         self._wait = threading.Event()
@@ -173,6 +172,7 @@ class Writer:
                 return self._fail(group, StoreError(f"store {self._where}: {cause(error)}"))
             else:
                 self.stalled = ""
+                self.commits += 1
                 for entry, (error, value) in zip(group.entries, ends, strict=True):
                     entry.end(error, value)
                 return None
@@ -249,87 +249,6 @@ def _operate(connection: Connection, operation: Operation | None) -> tuple[Label
     except Exception as error:  # a defect must not end the thread and hang everybody
         log.exception("an operation on the store failed")
         return StoreError(f"internal error: {error!r}"), None
-
-
-# In the order in which a group is written: a request row exists before its state changes.
-TABLES = (
-    *("requests", "request_texts", "states", "failed_states", "responses", "failures", "results", "jobs"),
-    "job_items",
-)
-
-
-def _statements(dialect: str, worker: str) -> dict[str, Callable[[Connection, list[Row]], None]]:
-    """What writes the rows of each table."""
-    insert: Any = sqlite.insert if dialect == "sqlite" else postgresql.insert
-
-    def upsert(table: sa.Table, *keys: str) -> Any:
-        statement = insert(table)
-        values = {c.name: statement.excluded[c.name] for c in table.columns if c.name not in (*keys, "id")}
-        return statement.on_conflict_do_update(index_elements=list(keys), set_=values)
-
-    def once(table: sa.Table) -> Any:
-        return insert(table).on_conflict_do_nothing(index_elements=["key"])
-
-    requests = schema.requests.c
-    changed = {name: sa.bindparam(name) for name in ("state", "attempts", "reason", "updated")}
-    ended = sa.update(schema.requests).values(owner="", reserved=0, **changed)
-    statements = {
-        "usage": sa.insert(schema.usage),
-        "requests": once(schema.requests),
-        "request_texts": once(schema.request_texts),
-        # An answer counts whoever has the lease by now; a failure only if nobody else took the call over.
-        "states": ended.where(requests.key == sa.bindparam("k")),
-        "failed_states": ended.where(requests.key == sa.bindparam("k"), requests.owner == worker),
-        "responses": upsert(schema.responses, "key"),
-        "failures": upsert(schema.failures, "key", "attempt"),
-        "results": upsert(schema.results, "key"),
-        "jobs": upsert(schema.jobs, "id"),
-        "job_items": upsert(schema.job_items, "job", "position", "part"),
-    }
-    columns = {
-        **{
-            name: [c.name for c in schema.metadata.tables[name].columns if c.name != "id"]
-            for name in statements
-            if name in schema.metadata.tables
-        },
-        "states": ["k", *changed],
-        "failed_states": ["k", *changed],
-    }
-    return {
-        name: _prepared(statement, columns[name])
-        if dialect == "sqlite" and name in BUSY
-        else _executed(statement)
-        for name, statement in statements.items()
-    }
-
-
-# Written with every call, with all columns in every row: SQLite gets tuples, without a dictionary's detour per row.
-BUSY = {"request_texts", "states", "responses", "usage", "results", "job_items"}
-
-
-def _executed(statement: Any) -> Callable[[Connection, list[Row]], None]:
-    def run(connection: Connection, rows: list[Row]) -> None:
-        connection.execute(statement, rows)
-
-    return run
-
-
-def _prepared(statement: Any, columns: list[str]) -> Callable[[Connection, list[Row]], None]:
-    is_insert = isinstance(statement, sa.Insert)
-    compiled = statement.compile(
-        dialect=sqlite.dialect(paramstyle="qmark"), column_keys=columns if is_insert else None
-    )
-    names = compiled.positiontup or []
-    constant = {name: compiled.params[name] for name in names if name not in columns}
-    text = compiled.string
-
-    def run(connection: Connection, rows: list[Row]) -> None:
-        pick: Any = itemgetter(*names)
-        if constant:
-            rows = [row | constant for row in rows]
-        connection.exec_driver_sql(text, [pick(row) for row in rows])
-
-    return run
 
 
 def cause(error: Exception) -> str:

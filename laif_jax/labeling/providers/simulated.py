@@ -77,6 +77,10 @@ _TASKS = {
     "critique": "_critique",
     "revision": "_revision",
 }
+_RATES = (
+    *("failure_rate", "rate_limit_rate", "empty_rate", "refusal_rate", "garbage_rate", "timeout_rate"),
+    *("truncated_rate", "malformed_rate"),
+)
 _REFUSAL = "I am sorry, but I cannot help with that request."
 _GARBAGE = "zxq 8814 lorem?? --- ipsum 27"
 
@@ -105,6 +109,7 @@ class SimulatedProvider:
         self.free = self.spec.retry_after == 0  # who asks for a waiting time wants it kept
         # Without latency, calls in flight have no meaning; many at once share one commit of the store.
         self.width = endpoint.concurrency if self.spec.latency else max(endpoint.concurrency, 256)
+        self._misbehaves = any(getattr(self.spec, name) for name in _RATES)
 
     async def call(self, call: Call, attempt: int) -> Reply:
         if self.spec.latency:
@@ -116,6 +121,24 @@ class SimulatedProvider:
         truth = call.truth
         if truth is None:
             raise BadRequest(reason="a simulated endpoint needs to be told what the call is about")
+        if self._misbehaves and (body := self._misbehave(call, attempt)) is not None:
+            return body
+        try:
+            if truth.task in _TASKS:
+                answer = getattr(self, _TASKS[truth.task])(call, truth)
+            elif truth.parser is None:
+                return self._wire(call, {"role": "assistant", "content": self._complete(call, truth)})
+            elif isinstance(truth.parser, RatingParser):
+                answer = truth.parser.render(self._rating(truth))
+            else:
+                assert not isinstance(truth.parser, ListwiseParser)
+                answer = truth.parser.render(*self._verdict(call, truth))
+        except symbols.SymbolsError as error:
+            raise BadRequest(reason=f'the world "symbols" cannot read this prompt: {error}') from error
+        return self._wire(call, {"role": "assistant", "content": answer.text}, answer.top)
+
+    def _misbehave(self, call: Call, attempt: int) -> dict[str, Any] | None:
+        """What this attempt gives instead of an answer: a body, or a `CallError`; None: it is answered."""
         spec = self.spec
         draws = iter(_draws("attempt", spec.seed, call.key, attempt))
         if next(draws) < spec.failure_rate:
@@ -135,19 +158,7 @@ class SimulatedProvider:
             raise Malformed("non_json", f"simulated body that breaks off ({body})", body=body)
         if next(draws) < spec.malformed_rate:
             return {"object": "error", "detail": "simulated body of another shape"}
-        try:
-            if truth.task in _TASKS:
-                answer = getattr(self, _TASKS[truth.task])(call, truth)
-            elif truth.parser is None:
-                return self._wire(call, {"role": "assistant", "content": self._complete(call, truth)})
-            elif isinstance(truth.parser, RatingParser):
-                answer = truth.parser.render(self._rating(truth))
-            else:
-                assert not isinstance(truth.parser, ListwiseParser)
-                answer = truth.parser.render(*self._verdict(call, truth))
-        except symbols.SymbolsError as error:
-            raise BadRequest(reason=f'the world "symbols" cannot read this prompt: {error}') from error
-        return self._wire(call, {"role": "assistant", "content": answer.text}, answer.top)
+        return None
 
     def _version(self, *content: Any) -> tuple[Any, ...]:
         """What an item's draws depend on beside its content: nothing, or the version if it drifted."""
