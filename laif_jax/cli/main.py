@@ -12,7 +12,8 @@ from laif_jax.records import LaifError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `laif ARGUMENTS` and returns its exit status: 0 done, 1 a stage failed, 2 a mistake in what was asked."""
+    """Runs `laif ARGUMENTS` and returns its exit status: 0 done, 1 a stage failed, 2 a mistake in what was asked, 75 it
+    was asked to stop and saved (start it again)."""
     options = _parser().parse_args(arguments)
     # Read when JAX and transformers are imported, which the verbs do.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -49,25 +50,37 @@ def _check_config(options: argparse.Namespace, schema: str = "StudyConfig") -> N
     config.load_config(options.config, options.overrides, getattr(config, schema))
 
 
+def _stoppable(call: Callable[[str, Sequence[str]], int], options: argparse.Namespace) -> int:
+    """Runs a training verb; SIGTERM or a maintenance event ends it with a code that says: start me again."""
+    from laif_jax.parallel import preemption
+
+    try:
+        with preemption.listening():
+            return call(options.config, options.overrides)
+    except preemption.Preempted as notice:
+        print(f"laif: {notice}", file=sys.stderr)
+        return preemption.EXIT_CODE
+
+
 def _run(options: argparse.Namespace) -> int:
     _check_config(options)
     from laif_jax.studies.run import run_study
 
-    return run_study(options.config, options.overrides)
+    return _stoppable(run_study, options)
 
 
 def _reward(options: argparse.Namespace) -> int:
     _check_config(options, "RewardConfig")
     from laif_jax.studies.reward import REWARD
 
-    return REWARD.run(options.config, options.overrides)
+    return _stoppable(REWARD.run, options)
 
 
 def _ppo(options: argparse.Namespace) -> int:
     _check_config(options, "PpoConfig")
     from laif_jax.studies.ppo import PPO
 
-    return PPO.run(options.config, options.overrides)
+    return _stoppable(PPO.run, options)
 
 
 def _inspect(options: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from laif_jax.config.base import Fraction, Positive, Spec
-from laif_jax.config.training import OptimizerSpec, SamplingSpec, SftSpec, TrainSpec
+from laif_jax.config.training import BestSpec, OptimizerSpec, SamplingSpec, SftSpec, TrainSpec
 
 # ---- reward models ---------------------------------------------------------------------------------------------
 
@@ -180,6 +180,7 @@ class PpoSpec(Spec):
       head_start: iterations at the start that train the value model alone.
       eval_every: iterations between evaluations on held-out prompts; 0: at the start and the end.
       eval_prompts: how many of them.
+      keep: how many of the newest checkpoints stay. keep_best: and the best by a metric; None: none.
       keep_every: iterations between snapshots of the policy that stay, for a KL-reward curve; 0: none.
       sweep: further runs, for the figures of the paper's appendix.
     """
@@ -217,6 +218,7 @@ class PpoSpec(Spec):
     eval_every: int = Field(default=0, ge=0)
     eval_prompts: Positive = 64
     keep_every: int = Field(default=0, ge=0)
+    keep_best: BestSpec | None = None
     sweep: PpoSweep | None = None
 
     @property

@@ -140,6 +140,19 @@ class OptimizerSpec(Spec):
 class TrainSpec(Spec):
     """What every training stage shares.
 
+class BestSpec(Spec):
+    """Which checkpoints are the best.
+
+    Attributes:
+      metric: a column of the run's `metrics.jsonl`, for example `loss` or `eval/reward`; a checkpoint counts by its
+        mean over the rows since the checkpoint before. count: how many stay. mode: what is better.
+    """
+
+    metric: str
+    count: Positive = 1
+    mode: Literal["max", "min"] = "max"
+
+
     Attributes:
       epochs / steps: give one; an optimiser step is one update.
       batch_size: sequences (SFT) or pairs (preferences) per update, over all devices. With packing, the rows.
@@ -150,6 +163,8 @@ class TrainSpec(Spec):
     """
 
     optimizer: OptimizerSpec = OptimizerSpec()
+      keep: how many of the newest checkpoints stay. keep_every: those whose step is a multiple of it stay as well; 0:
+        none. keep_best: and the best by a metric; None: none. A run resumes from the newest, whatever is kept.
     epochs: Positive | None = None
     steps: Positive | None = None
     batch_size: Positive = 8
@@ -164,6 +179,13 @@ class TrainSpec(Spec):
 
     @model_validator(mode="after")
     def _check_train(self) -> "TrainSpec":
+    keep_every: int = Field(default=0, ge=0)
+    keep_best: BestSpec | None = None
+
+    def resolved(self) -> dict[str, Any]:
+        # Options that are not set are left out: what was made before they existed keeps its key.
+        unset = [name for name in ("keep_every", "keep_best") if not getattr(self, name)]
+        return {name: value for name, value in super().resolved().items() if name not in unset}
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give one of `epochs` and `steps`")
         if self.micro_batch and self.batch_size % self.micro_batch:

@@ -11,8 +11,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import distributed as jax_distributed
 from jax.experimental import multihost_utils
 
+from laif_jax.parallel import preemption
+from laif_jax.parallel.pulse import Pulse
 from laif_jax.records.errors import LaifError
 
 log = logging.getLogger(__name__)
@@ -26,7 +29,7 @@ class DistributedError(LaifError, RuntimeError):
 
 
 def initialize(
-    *, environ: Mapping[str, str] | None = None, timeout: int = 300, heartbeat: int = 100, shutdown: int = 60
+    *, environ: Mapping[str, str] | None = None, timeout: int = 300, heartbeat: int = 40, shutdown: int = 60
 ) -> bool:
     """Joins this process to the others of the run, if the environment says that there are others.
 
@@ -36,7 +39,8 @@ def initialize(
     Args:
       environ: None: `os.environ`.
       timeout: seconds to wait for all processes to come. heartbeat: seconds after which a silent process counts as
-        dead and the others stop. shutdown: seconds that the processes wait for each other at the end.
+        lost: the others say so and end with exit code 75 (`pulse`). shutdown: seconds that the processes wait for each
+        other at the end.
 
     Returns:
       Whether there are several processes (also where this was called before).
@@ -63,7 +67,7 @@ def initialize(
         jax.distributed.initialize(
             **(settings or {}),
             initialization_timeout=timeout,
-            heartbeat_timeout_seconds=heartbeat,
+            heartbeat_timeout_seconds=heartbeat + 10,  # ours comes first: it says who was lost
             shutdown_timeout_seconds=shutdown,
         )
     except (RuntimeError, ValueError) as error:
@@ -73,7 +77,28 @@ def initialize(
         ) from error
     finally:
         warn.cancel()
+    preemption.take_back_signal()
+    if jax.process_count() > 1:
+        _start_pulse(heartbeat)
     return jax.process_count() > 1
+
+
+_pulse: Pulse | None = None
+
+
+def _start_pulse(silence: float) -> None:
+    global _pulse
+    known = jax_distributed.global_state  # the client has no public name
+    _pulse = Pulse(
+        known.client, jax.process_index(), jax.process_count(), silence, known.coordinator_address or ""
+    )
+    _pulse.start()
+
+
+def confirm_processes() -> None:
+    """After an error, before it is handled: if its cause is that another process was lost, ends this one, saying so."""
+    if _pulse is not None:
+        _pulse.confirm()
 
 
 _STILL_WAITING = (

@@ -18,6 +18,7 @@ from typing import Any
 from etils import epath
 
 from laif_jax.parallel import distributed
+from laif_jax.parallel.preemption import Preempted
 from laif_jax.records import content_id, write_json
 from laif_jax.records.errors import LaifError
 
@@ -80,6 +81,7 @@ def run_stage(
 
     Raises:
       StageError: `work` failed; the manifest says why, and the folder keeps what was done.
+      Preempted: the run was asked to stop.
     """
     key = stage_key(kind, settings, inputs)
     folder = root / f"{kind}-{key}"
@@ -113,8 +115,10 @@ def run_stage(
         distributed.barrier(f"{kind}-{key}")
         _write(manifest_path, manifest)
     except BaseException as error:
+        if isinstance(error, Exception):
+            distributed.confirm_processes()
         manifest |= {
-            "status": "failed",
+            "status": "stopped" if isinstance(error, Preempted) else "failed",
             "error": f"{type(error).__name__}: {error}",
             "seconds": before + time.monotonic() - start,
         }

@@ -94,7 +94,7 @@ def run(
 
 
 # What changes neither the policy nor what is kept of it.
-_FREE = ("sweep", "save_every", "keep", "log_every")
+_FREE = ("sweep", "save_every", "keep", "keep_best", "log_every")
 
 
 class _Job:

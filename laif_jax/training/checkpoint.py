@@ -1,20 +1,28 @@
-"""Checkpoints through orbax: asynchronous, atomic, with the state of the data iterator; resuming is bitwise.
+"""Checkpoints through orbax (v1): asynchronous, atomic, sharded, with the data iterator; resuming is bitwise.
 
-The classic `CheckpointManager` is used: orbax's v1 API is still under `experimental` in the pinned version. A step is
-written to a temporary folder and renamed when whole, so a kill at any moment leaves the steps before it as they were.
+Each process writes its own shards. On a disk a step is written to a temporary folder and renamed when whole; in a
+bucket, which has no renames, a file marks it as whole. So a kill at any moment leaves the steps before it as they were.
+A step can be read onto another mesh, and by another number of devices or hosts: arrays are stored whole, whoever wrote
+which part, and the data iterator's state counts steps of the whole run.
+
+orbax has its v1 API under `experimental` (as of 0.12.8); this file alone knows that.
 """
 
 import json
 import logging
+import math
 import shutil
 import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
+import orbax.checkpoint.experimental.v1 as ocp
 from etils import epath
 
+from laif_jax.config.training import BestSpec
 from laif_jax.parallel import barrier, from_main, is_main
 from laif_jax.records import fingerprint
 from laif_jax.records.errors import LaifError
@@ -31,31 +39,71 @@ class CheckpointError(LaifError, RuntimeError):
     """A checkpoint cannot be written, or none can be read; the message says where and what to do."""
 
 
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay on disk; one that any rule keeps stays.
+
+    Attributes:
+      last: this many of the newest. every: those whose step is a multiple of it; 0: none for that reason.
+      best: the best by a metric, as `best.metric`, `best.count` and `best.mode` say; a checkpoint without that metric
+        is none of them.
+    """
+
+    last: int = 2
+    every: int = 0
+    best: BestSpec | None = None
+
+    def policy(self) -> Any:
+        """The same, for orbax."""
+        of = ocp.training.preservation_policies
+        rules: list[Any] = [of.LatestN(self.last)]
+        if self.every:
+            rules.append(of.EveryNSteps(self.every))
+        if self.best is not None:
+            name, low = self.best.metric, self.best.mode == "min"
+            best = of.BestN(
+                get_metric_fn=lambda metrics: metrics[name],
+                reverse=low,
+                n=self.best.count,
+                keep_checkpoints_without_metrics=False,
+            )
+            rules.append(best)
+        return of.AnyPreservationPolicy(rules)
+
+    def metrics(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+        """What `best` ranks a checkpoint by: the mean of its metric over the rows that have it; None if none has."""
+        if self.best is None:
+            return None
+        values = [row[self.best.metric] for row in rows if row.get(self.best.metric) is not None]
+        mean = math.fsum(values) / len(values) if values else math.nan
+        return {self.best.metric: mean} if math.isfinite(mean) else None
+
+
 class Checkpointer:
     """The checkpoints of one run.
 
     Args:
       directory: their folder, local or `gs://`. Made when first needed.
-      keep: how many of the latest steps stay.
+      keep: which stay; a number: so many of the newest.
     """
 
-    def __init__(self, directory: str | epath.Path, keep: int = 2):
+    def __init__(self, directory: str | epath.Path, keep: Keep | int = 2):
         self.directory = epath.Path(directory)
-        self.keep = keep
-        self._manager: ocp.CheckpointManager | None = None
+        self.keep = Keep(keep) if isinstance(keep, int) else keep
+        self._manager: ocp.training.Checkpointer | None = None
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self) -> ocp.training.Checkpointer:
         if self._manager is None:
+            handlers = ocp.handlers.local_registry()
+            handlers.add(ocp.handlers.JsonHandler, checkpointable_name="extra")
+            context = ocp.Context()
+            context.checkpointables.registry = handlers
             try:
-                self._manager = ocp.CheckpointManager(
-                    self.directory.absolute() if isinstance(self.directory, epath.Path) else self.directory,
-                    options=ocp.CheckpointManagerOptions(
-                        max_to_keep=self.keep,
-                        create=True,
-                        cleanup_tmp_directories=True,  # what a killed run left half-written
-                        save_root_metadata=False,
-                    ),
-                    item_names=("state", "extra"),
+                self._manager = ocp.training.Checkpointer(
+                    self.directory if "://" in str(self.directory) else self.directory.absolute(),
+                    context=context,
+                    preservation_policy=self.keep.policy(),
+                    cleanup_tmp_directories=True,  # what a killed run left half-written
                 )
             except OSError as error:
                 raise CheckpointError(self._explain("opened", error)) from error
@@ -70,10 +118,11 @@ class Checkpointer:
         )
 
     def _committed(self) -> list[int]:
-        """Steps whose folder is whole by name; without opening (and so cleaning) the folder."""
+        """Steps that were written to the end; without opening (and so cleaning) the folder."""
         if not self.directory.exists():
             return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+        steps = [path for path in self.directory.iterdir() if path.name.isdigit()]
+        return sorted(int(path.name) for path in steps if (path / "commit_success.txt").exists())
 
     def latest_step(self) -> int | None:
         """The newest committed step, or None."""
@@ -82,12 +131,20 @@ class Checkpointer:
 
     # ---- save ----
 
-    def save(self, state: TrainState, extra: dict[str, Any], *, wait: bool = False) -> int:
+    def save(
+        self,
+        state: TrainState,
+        extra: dict[str, Any],
+        *,
+        wait: bool = False,
+        rows: Sequence[Mapping[str, Any]] = (),
+    ) -> int:
         """Starts to write a checkpoint of `state` under its step; returns when the arrays are copied.
 
         Args:
           extra: JSON-able; the data iterator's state and the loop's counters.
           wait: return only when it is on disk.
+          rows: of metrics since the checkpoint before, by which `keep.best` ranks this one.
 
         Returns:
           The step.
@@ -100,14 +157,14 @@ class Checkpointer:
         tree = _saved(state)
         self._check_space(tree)
         try:
-            manager.wait_until_finished()  # surfaces the failure of the save before
-            if step not in manager.all_steps():
+            manager.wait()  # surfaces the failure of the save before
+            if all(found.step != step for found in manager.checkpoints):
                 body = {"format": FORMAT, "leaves": _describe(tree), "loop": extra}
-                extra = {"sha256": fingerprint(body), "body": body}
-                args = ocp.args.Composite(state=ocp.args.StandardSave(tree), extra=ocp.args.JsonSave(extra))
-                manager.save(step, args=args, force=True)
+                items = {"state": tree, "extra": {"sha256": fingerprint(body), "body": body}}
+                metrics = self.keep.metrics(rows)
+                manager.save_checkpointables_async(step, items, force=True, metrics=metrics)
             if wait:
-                manager.wait_until_finished()
+                manager.wait()
         except Exception as error:
             raise CheckpointError(self._explain("written", error)) from error
         return step
@@ -134,7 +191,7 @@ class Checkpointer:
         """
         if self._manager is not None:
             try:
-                self._manager.wait_until_finished()
+                self._manager.wait()
             except Exception as error:
                 raise CheckpointError(self._explain("written", error)) from error
 
@@ -170,7 +227,7 @@ class Checkpointer:
         self._set_aside_unopenable()
         manager = self._open()
         failures = []
-        for step in sorted(manager.all_steps(), reverse=True):
+        for step in sorted((found.step for found in manager.checkpoints), reverse=True):
             try:
                 restored = self._read(manager, step, like)
             except _MISMATCH as error:
@@ -190,9 +247,9 @@ class Checkpointer:
         )
 
     def _read(
-        self, manager: ocp.CheckpointManager, step: int, like: TrainState
+        self, manager: ocp.training.Checkpointer, step: int, like: TrainState
     ) -> tuple[TrainState, dict[str, Any]]:
-        extra = manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))["extra"]
+        extra = manager.load_checkpointables(step, {"extra": None})["extra"]
         body = extra["body"]
         if fingerprint(body) != extra["sha256"]:
             raise ValueError("its description was altered (SHA-256 differs)")
@@ -203,9 +260,7 @@ class Checkpointer:
         target = _saved(like)
         _check_structure(body["leaves"], target, f"{self.directory}/{step}")
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target)
-        tree = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))[
-            "state"
-        ]
+        tree = manager.load_checkpointables(step, {"state": abstract})["state"]
         found = _describe(tree)
         bad = [
             k for k, v in body["leaves"].items() if None not in (v[2], found[k][2]) and v[2] != found[k][2]
@@ -236,7 +291,7 @@ class Checkpointer:
                 bad.append(step)
         return bad
 
-    def _set_aside(self, manager: ocp.CheckpointManager, step: int, error: BaseException) -> None:
+    def _set_aside(self, manager: ocp.training.Checkpointer, step: int, error: BaseException) -> None:
         self._rename_aside(step, error)
         manager.reload()
 

@@ -13,7 +13,8 @@ from etils import epath
 from jax.sharding import Mesh
 
 from laif_jax.config.schema import TrainSpec
-from laif_jax.parallel import batch_shardings
+from laif_jax.parallel import batch_shardings, preemption
+from laif_jax.training.checkpoint import Keep
 from laif_jax.training.feed import (
     Batches,
     EmptyBatchError,
@@ -79,7 +80,7 @@ def train(
       task: the loss function (`sft_task`, `preference_task`); its `numbers` are passed to every step as traced scalars.
       batches: host batches [A, rows, ...] with `get_state` and `set_state` (JSON).
       state: a fresh one (`create_state`); it is donated, so the caller must not use it afterwards.
-      spec: optimiser, `log_every`, `save_every`, `keep`. out_dir: gets checkpoints/, metrics.jsonl, tensorboard/.
+      spec: optimiser, `log_every`, `save_every`, what to keep. out_dir: gets checkpoints/, metrics.jsonl, tensorboard/.
       total_steps: updates of the whole run; None: `spec.steps`, or else `batches.total_steps`.
       optimizer: None: that of `spec.optimizer`; it must be the one that made the state.
       reference: reference log-probs by pair, filled into each batch; before the first update they are checked.
@@ -92,6 +93,7 @@ def train(
 
     Raises:
       NonFiniteError, EmptyBatchError: with the state before the bad step saved. FirstStepError, CheckpointError.
+      Preempted: the run was asked to stop; its last step was saved.
     """
     out_dir = epath.Path(out_dir)
     total = total_steps or spec.steps or getattr(batches, "total_steps", None)
@@ -121,7 +123,7 @@ class _Run(Recorder):
         wandb: Mapping[str, Any] | None,
         title: str,
     ):
-        super().__init__(out_dir, title, spec.keep, wandb)
+        super().__init__(out_dir, title, Keep(spec.keep, spec.keep_every, spec.keep_best), wandb)
         self.task, self.batches, self.spec, self.mesh, self.total = task, batches, spec, mesh, total
         self.optimizer = optimizer or make_optimizer(spec.optimizer)
         self.reference = reference
@@ -142,7 +144,7 @@ class _Run(Recorder):
             self.batches.set_state(extra["data"])
             self.tokens = extra["num_tokens"]
             log.info("%s: resumed from the checkpoint of step %d", self.title, int(state.step))
-        step = int(state.step)
+        step = self.saved = int(state.step)
         self.history = self.writer.resume(step)
         self.flops = flops_per_token(state.trainable, state.frozen)
         return state, step
@@ -157,12 +159,15 @@ class _Run(Recorder):
             state, metrics = self._dispatch(state, batch, step)
             pending.steps.append((step, metrics, batch))
             last = step == self.total
-            save = last or (self.spec.save_every > 0 and step % self.spec.save_every == 0)
+            stop = preemption.reached() and not last
+            save = last or stop or (self.spec.save_every > 0 and step % self.spec.save_every == 0)
             call = callback is not None and (last or (every > 0 and step % every == 0))
             if last or save or call or step == 1 or step % self.spec.log_every == 0:
                 pending = self._collect(state, pending)
+            if stop:
+                self.stop(state, self._extra(pending.data_state))
             if save:
-                self.checkpoints.save(state, self._extra(pending.data_state), wait=last)
+                self.save(state, self._extra(pending.data_state), wait=last)
                 pending.started = time.perf_counter()  # a save is not training time
             if call and callback is not None:
                 text = callback(step, state)
@@ -210,7 +215,7 @@ class _Run(Recorder):
         for (step, _, batch), values in zip(pending.steps, fetched):
             if not values["healthy"]:
                 self.writer.write(rows)
-                self._stop(state, pending, step, values, batch)
+                self._refuse(state, pending, step, values, batch)
             rows.append(self._row(step, values))
             if step == 1 and hasattr(self.task, "check_first_step"):
                 self.task.check_first_step(rows[-1])
@@ -247,7 +252,7 @@ class _Run(Recorder):
     def _extra(self, data_state: Any) -> dict[str, Any]:
         return {"data": data_state, "num_tokens": self.tokens}
 
-    def _stop(
+    def _refuse(
         self, state: TrainState, pending: _Pending, step: int, values: Any, batch: dict[str, np.ndarray]
     ) -> None:
         """Saves the last good state, with the iterator in front of the bad batch, and raises."""

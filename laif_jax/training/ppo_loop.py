@@ -16,9 +16,10 @@ from etils import epath
 
 from laif_jax.config.rl import PpoSpec
 from laif_jax.objectives.rl import adaptive_kl
-from laif_jax.parallel import is_main
+from laif_jax.parallel import is_main, preemption
 from laif_jax.records import LaifError, append_jsonl, write_jsonl
 from laif_jax.rollout.placement import to_host, using
+from laif_jax.training.checkpoint import Keep
 from laif_jax.training.metrics import clean, mean_rows, read_metrics
 from laif_jax.training.optim import make_optimizer
 from laif_jax.training.ppo import make_update
@@ -108,7 +109,8 @@ def run_ppo(
 
     Raises:
       NonFiniteError: a log-prob, KL, value, reward, loss or gradient is not finite; the last good state was saved.
-      CheckpointError. What a reward raises, after the state was saved.
+      CheckpointError. What a reward raises, after the state was saved. Preempted: the run was asked to stop; the last
+      iteration was saved.
     """
     run = _Run(spec, models, task, epath.Path(out_dir), seed, snapshot, wandb, title)
     with run.closing():
@@ -132,7 +134,7 @@ class _Run(Recorder):
         wandb: Mapping[str, Any] | None,
         title: str,
     ):
-        super().__init__(out_dir, title, spec.keep, wandb)
+        super().__init__(out_dir, title, Keep(spec.keep, best=spec.keep_best), wandb)
         self.spec, self.models, self.task, self.seed = spec, models, task, seed
         self.snapshot = snapshot
         self.samples = out_dir / "samples.jsonl"
@@ -168,7 +170,7 @@ class _Run(Recorder):
             state, extra = restored
             self.kl_coef = extra["kl_coef"]
             log.info("%s: resumed from the checkpoint of iteration %d", self.title, int(state.step))
-        done = int(state.step)
+        done = self.saved = int(state.step)
         self.history = self.writer.resume(done)
         if is_main() and self.samples.exists():  # what was written after the checkpoint is written again
             write_jsonl(self.samples, [row for row in read_metrics(self.samples) if row["step"] <= done])
@@ -195,8 +197,10 @@ class _Run(Recorder):
             self.write(row, show=last or number == 1 or number % spec.log_every == 0)
             if self.snapshot is not None and spec.keep_every and number % spec.keep_every == 0:
                 self.snapshot(number, state)
+            if preemption.reached() and not last:
+                self.stop(state, self.extra(state))
             if last or (spec.save_every > 0 and number % spec.save_every == 0):
-                self.checkpoints.save(state, self.extra(state), wait=last)
+                self.save(state, self.extra(state), wait=last)
         return state
 
     def guarded(self, state: TrainState, work: Callable[[], Any]) -> Any:
@@ -204,7 +208,7 @@ class _Run(Recorder):
         try:
             return work()
         except LaifError:
-            self.checkpoints.save(state, self.extra(state), wait=True)
+            self.save(state, self.extra(state), wait=True)
             raise
 
     def iteration(self, state: TrainState, number: int, *, timed: bool) -> tuple[TrainState, dict[str, Any]]:
@@ -214,6 +218,8 @@ class _Run(Recorder):
         asked = [self.task.prompts[i] for i in picked]
         key = iteration_key(self.seed, index)
         rolled = self.guarded(state, lambda: self.roller(state, asked, spec.sampling.samples, key))
+        if preemption.reached():  # an iteration is long; its rollout will be drawn again, the same
+            self.stop(state, self.extra(state))
         order = update_order(spec, self.layout, self.seed, index)
         started = time.perf_counter()
         with using(self.models.mesh):
@@ -223,7 +229,7 @@ class _Run(Recorder):
         metrics = {name: to_host(value) for name, value in metrics.items()}
         seconds = rolled.seconds | {"update": time.perf_counter() - started}
         if not metrics["healthy"]:
-            self.stop(state, number, metrics, order, picked)
+            self.refuse(state, number, metrics, order, picked)
         row = {"step": number} | clean({k: v for k, v in metrics.items() if np.ndim(v) == 0})
         row.pop("healthy")
         row |= (
@@ -305,7 +311,7 @@ class _Run(Recorder):
 
     # ---- trouble ----
 
-    def stop(
+    def refuse(
         self,
         state: TrainState,
         number: int,

@@ -1,0 +1,175 @@
+"""The pulse of a run of several processes: a lost one ends the others with its name, a notice to stop reaches all.
+
+Every process tells JAX's coordination service every `EVERY` seconds that it lives. Process 0 looks at all of them, the
+others at process 0. One that is silent for longer than it may ends all others with exit code 75: started again, the
+run resumes from its last checkpoint. (JAX itself would end them too, by abort, and without saying who was lost.)
+"""
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+from laif_jax.parallel import preemption
+from laif_jax.parallel.preemption import EXIT_CODE
+
+log = logging.getLogger(__name__)
+
+EVERY = 1.0  # seconds
+CONTROL, BEATS, PLACES = "laif/control/", "laif/beats/", "laif/places/"
+ANSWER = 30_000  # milliseconds that a process has to say where it is, once asked
+
+
+class Pulse:
+    """The thread of one process.
+
+    Args:
+      client: of JAX's coordination service. index, count: of processes. silence: seconds. address: of process 0.
+    """
+
+    def __init__(self, client: Any, index: int, count: int, silence: float, address: str):
+        self.client, self.index, self.count, self.silence = client, index, count, silence
+        self.address = address
+        self.me = f"process {index} on {socket.gethostname()} (pid {os.getpid()})"
+        self.number = 0
+        now = time.monotonic()
+        # Of each process watched: what it said last, and when that was new.
+        watched = range(1, count) if index == 0 else (0,)
+        self.said: dict[int, tuple[str, float]] = dict.fromkeys(watched, ("", now))
+        self.all_well = now
+        self.decided = False
+
+    def start(self) -> None:
+        preemption.state.several = True
+        threading.Thread(target=self._run, name="pulse", daemon=True).start()
+        self._name_the_lost_when_jax_aborts()
+
+    # ---- the thread ----
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._beat()
+            except Exception as error:  # noqa: BLE001 (the service is gone, or the run is over: see below)
+                log.debug("pulse: %s", error)
+            self._look()
+            time.sleep(EVERY)
+
+    def _beat(self) -> None:
+        self.number += 1
+        ages = [time.monotonic() - when for _, when in self.said.values()]
+        beat = {"n": self.number, "who": self.me, "well": max(ages) < 4 * EVERY}
+        self.client.key_value_set(f"{BEATS}{self.index}", json.dumps(beat), allow_overwrite=True)
+        if self.index == 0:
+            self.client.key_value_set(f"{CONTROL}beat", json.dumps(beat), allow_overwrite=True)
+            self._hear({int(k.rsplit("/", 1)[-1]): v for k, v in self.client.key_value_dir_get(BEATS)})
+        if preemption.state.why:
+            self.client.key_value_set(f"{CONTROL}notice", preemption.state.why, allow_overwrite=True)
+        control = {k.rsplit("/", 1)[-1]: v for k, v in self.client.key_value_dir_get(CONTROL)}
+        if self.index > 0 and "beat" in control:
+            self._hear({0: control["beat"]})
+        if "lost" in control:
+            self._end(control["lost"])
+        if "notice" in control and not self.decided:
+            self.decided = True
+            self._agree(control["notice"])
+
+    def _hear(self, beats: dict[int, str]) -> None:
+        now = time.monotonic()
+        for index, (before, _) in self.said.items():
+            if beats.get(index, before) != before:
+                self.said[index] = (beats[index], now)
+        wells = [json.loads(said or "{}").get("well", False) for said, _ in self.said.values()]
+        if all(now - when < 4 * EVERY for _, when in self.said.values()) and (self.index == 0 or all(wells)):
+            self.all_well = now
+
+    def _look(self) -> None:
+        silent = [i for i, (_, when) in self.said.items() if time.monotonic() - when > self.silence]
+        if not silent:
+            return
+        lost = ", ".join(self._name(i) for i in silent)
+        if self.index == 0:
+            try:
+                self.client.key_value_set(f"{CONTROL}lost", lost, allow_overwrite=True)
+            except Exception as error:  # noqa: BLE001 (the others then miss this process instead)
+                log.debug("pulse: %s", error)
+            time.sleep(3 * EVERY)  # the others read it before the service ends with this process
+        self._end(lost)
+
+    def _name(self, index: int) -> str:
+        said, when = self.said[index]
+        who = json.loads(said)["who"] if said else f"process {index}"
+        return f"{who}, last heard of {time.monotonic() - when:.0f} s ago"
+
+    def _end(self, lost: str) -> None:
+        if preemption.state.why:
+            text = f"laif: asked to stop ({preemption.state.why}), and the other processes have. {preemption.GO_ON}\n"
+        else:
+            text = (
+                f"laif: another process of this run was lost: {lost}. This one ({self.me}) ends, since it cannot go on "
+                "alone. Start the same command again on all hosts: it resumes from the last checkpoint\n"
+            )
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        os._exit(EXIT_CODE)
+
+    # ---- a notice to stop ----
+
+    def _agree(self, why: str) -> None:
+        """All processes say where they are, while none goes on, and draw the same conclusion."""
+        state = preemption.state
+        if not state.why:
+            log.warning("another process was asked to stop (%s)", why)
+            state.why = why
+        with state.lock:
+            place = json.dumps([state.calls, state.loops > 0])
+            self.client.key_value_set(f"{PLACES}{self.index}", place)
+            places = [
+                json.loads(self.client.blocking_key_value_get(f"{PLACES}{i}", ANSWER))
+                for i in range(self.count)
+            ]
+            preemption.decide([calls for calls, _ in places], [loop for _, loop in places])
+        if state.now:
+            threading.Thread(target=preemption.stop_now, name="stop", daemon=True).start()
+
+    # ---- failures ----
+
+    def confirm(self) -> None:
+        """After an error: returns once all processes were seen alive since; if one is lost, that is the cause, and the
+        thread ends this process with its name."""
+        asked = time.monotonic() + 8 * EVERY  # what is heard from here on was said after the error
+        while self.all_well < asked and time.monotonic() < asked + 2 * self.silence:
+            time.sleep(EVERY / 4)
+
+    def _name_the_lost_when_jax_aborts(self) -> None:
+        """JAX aborts a process whose coordinator is gone, at once and from a thread of its own. It takes no callback
+        (as of 0.12 it cannot convert what it would pass), so the signal of the abort is what can be caught."""
+        kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
+        libc = ctypes.CDLL(None)
+        libc.signal.restype = ctypes.c_void_p
+
+        def aborted(signum: int) -> None:
+            silent = [i for i, (_, when) in self.said.items() if time.monotonic() - when > 8 * EVERY]
+            if self.index > 0 and not _answers(self.address):
+                silent = [0]
+            if silent or preemption.state.why:
+                self._end(", ".join(self._name(i) for i in silent))
+            libc.signal(signum, None)  # not a lost process: abort by the default action
+
+        self._kept = kind(aborted)  # ctypes does not keep it alive
+        libc.signal(int(signal.SIGABRT), self._kept)
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=5):
+            return True
+    except OSError:
+        return False
