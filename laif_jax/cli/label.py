@@ -43,24 +43,14 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _plan_pairs(options: argparse.Namespace) -> int:
-    import dataclasses
-    import datetime
-
     from laif_jax.config.load import load_label_config
-    from laif_jax.labeling.budget import show_money
-    from laif_jax.labeling.pairs import plan_pairs
+    from laif_jax.labeling.pairs_plan import plan_pairs, show_pairs_plan
 
-    config = load_label_config(options.config, options.overrides)
-    plan = plan_pairs(config)
+    plan = plan_pairs(load_label_config(options.config, options.overrides))
     if options.json:
-        print(json.dumps(dataclasses.asdict(plan), indent=2))
-        return 0
-    time = datetime.timedelta(seconds=round(plan.seconds))
-    print(f"{plan.pairs:,} pairs, asked of {config.endpoint.model} ({config.endpoint.provider})")
-    print(f"{plan.calls:,} calls to make, {plan.stored:,} answered in the store")
-    print(f"{plan.prompt_tokens:,} prompt tokens, {plan.completion_tokens:,} completion tokens at most")
-    print(f"{show_money(plan.nanos)} at most, about {time}, budget {config.budget or 'none'}")
-    print("\n".join(f"* {note}" for note in plan.notes))
+        print(json.dumps(plan.to_json() | {"pairs": plan.pairs}, indent=2))
+    else:
+        print(show_pairs_plan(plan))
     return 0
 
 
@@ -69,35 +59,64 @@ def _run(options: argparse.Namespace) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from laif_jax.config.load import load_label_config
-    from laif_jax.labeling.pairs import label_pairs
+    from laif_jax.labeling.pairs_plan import show_pairs_plan
+    from laif_jax.studies.labels import Shown, run_labels
+    from laif_jax.studies.table import spending_table
 
     config = load_label_config(options.config, options.overrides)
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=None)
+    progress, bars = Progress(*columns, console=Console(stderr=True)), {}
 
-        def show(status) -> None:
-            counts = ", ".join(f"{count} {state}" for state, count in sorted(status.counts.items()))
-            progress.update(
-                task, total=status.total, completed=status.done, description=status.stalled or counts
-            )
+    def show(status) -> None:
+        """A bar per job: a critic, or its drift probe."""
+        counts = ", ".join(f"{count} {state}" for state, count in sorted(status.counts.items()))
+        if status.id not in bars:
+            bars[status.id] = progress.add_task("", total=status.total)
+        text = status.stalled or f"{status.critic}: {counts}"
+        progress.update(bars[status.id], total=status.total, completed=status.done, description=text)
 
-        done = label_pairs(config, lambda url: print(f"dashboard while it runs: {url}/"), show)
-    counts = ", ".join(f"{count:,} {state}" for state, count in sorted(done.counts.items()))
-    print(f"{done.path}: {sum(done.counts.values()):,} pairs: {counts}")
-    print(f"{done.calls:,} calls made, {done.cached:,} answers from the store")
-    if done.agreement is not None:
-        print(f"agrees with your labels on {done.agreement:.1%} of {done.agreed_on:,} pairs (ties left out)")
-    unlabelled = sum(count for state, count in done.counts.items() if state not in ("ok", "tie"))
+    def plan(found) -> None:
+        print(f"planned, before anything is sent:\n{show_pairs_plan(found)}\n", flush=True)
+
+    def start(url: str) -> None:
+        print(f"dashboard while it runs: {url}/", flush=True)
+        progress.start()
+
+    def spending(found) -> None:
+        progress.stop()
+        print(spending_table(found), end="")
+
+    try:
+        done = run_labels(config, Shown(plan, start, show, spending))
+    finally:
+        progress.stop()
+    _show_labels(done)
+    return 0
+
+
+def _show_labels(done) -> None:
+    """What a run gave, on the terminal."""
+    from laif_jax.studies.quality_report import tier_text
+
+    file = done.file
+    counts = ", ".join(f"{count:,} {state}" for state, count in sorted(file.counts.items()))
+    print(f"{file.path}: {len(file.pairs):,} pairs: {counts}")
+    print(f"{file.calls:,} calls made, {file.cached:,} answers from the store")
+    if file.tiers is not None:
+        print(tier_text(file.tiers))
+    if file.agreement is not None:
+        print(f"agrees with your labels on {file.agreement:.1%} of {file.agreed_on:,} pairs (ties left out)")
+    unlabelled = sum(count for state, count in file.counts.items() if state not in ("ok", "tie"))
     if unlabelled:
         print(
             f"{unlabelled:,} pairs have no label; `reason` says why. Failed ones are asked again by the same command"
         )
-    return 0
+    for name, path in done.files.items():
+        print(f"{name}: {path}")
 
 
 def _example(options: argparse.Namespace) -> int:
-    from laif_jax.labeling.pairs import write_example
+    from laif_jax.labeling.pairs_example import write_example
 
     for file in write_example(options.folder, options.pairs):
         print(file)

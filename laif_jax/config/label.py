@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from laif_jax.config.base import Positive, Spec
 from laif_jax.config.endpoints import EndpointSpec, LabelingSpec
+from laif_jax.config.money import parse_money
 
 
 class PairFile(Spec):
@@ -31,13 +32,24 @@ class PairFile(Spec):
         return {"label_kind": ("no `label`", "`label`")} if self.label is None else {}
 
 
+class StrongCritic(Spec):
+    """A second, stronger critic. `below`: it is asked where the first one's |p_b - 1/2| is below this, or where that
+    one gave no label."""
+
+    endpoint: EndpointSpec
+    critic: str = "laif_basic"
+    order: Literal["both", "seeded"] = "both"
+    below: float = Field(default=0.2, gt=0, le=0.5)
+
+
 class LabelConfig(Spec):
     """Labels for a file of pairs: `laif label run CONFIG`.
 
     Attributes:
-      labels: the file that is written: the rows of `pairs` with `p_b` (the probability that b is better), `status` and
-        more.
+      labels: the .jsonl or .jsonl.gz that is written: the rows of `pairs` with `p_b` (the probability that b is
+        better), `status` and more. Beside it stands `report`, a folder with the plan, what was spent, and the quality.
       critic: a shipped critic's name, or the folder of one. order: "both" orders averaged, or one "seeded" order.
+      strong: another critic, for the pairs of which this one is not sure.
       budget: a hard cap on what all calls from this store may cost, as in "5USD".
     """
 
@@ -46,12 +58,22 @@ class LabelConfig(Spec):
     critic: str = "laif_basic"
     order: Literal["both", "seeded"] = "both"
     seed: int = 0
+    strong: StrongCritic | None = None
     labels: str = "labels.jsonl"
     budget: str | None = None
     labeling: LabelingSpec = Field(default_factory=LabelingSpec)
 
+    @property
+    def report(self) -> str:
+        """The folder beside the labels: labels.jsonl has labels-report."""
+        return f"{self.labels.removesuffix('.gz').removesuffix('.jsonl')}-report"
+
     @model_validator(mode="after")
     def _check(self) -> "LabelConfig":
+        if not self.labels.endswith((".jsonl", ".jsonl.gz")):
+            raise ValueError("`labels` is written as JSON lines: its name must end in .jsonl or .jsonl.gz")
+        if self.budget is not None and self.budget != "none":
+            parse_money(self.budget)
         if self.labels == self.pairs.path:
             raise ValueError("`labels` and `pairs.path` are the same file; labels go to a file of their own")
         if self.budget is not None and self.labeling.url is not None:

@@ -207,8 +207,14 @@ def _tell_apart(critics: Sequence[Critic]) -> None:
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-def read_store(store: Store, judged: Judged | None = None) -> Judged:
-    """Adds the judgements of a store."""
+def read_store(
+    store: Store,
+    judged: Judged | None = None,
+    *,
+    kinds: Sequence[str] = ("judgement", PROBE),
+    critics: Sequence[str] = (),
+) -> Judged:
+    """Adds the judgements of a store: of some `kinds`, and of the `critics` with these hashes, or of all."""
     judged = judged or Judged()
     c, jobs = schema.results.c, schema.jobs.c
     with store.engine.connect() as connection:
@@ -216,7 +222,9 @@ def read_store(store: Store, judged: Judged | None = None) -> Judged:
             key: name.split(" at ")[0]
             for key, name in connection.execute(sa.select(jobs.endpoint_key, jobs.endpoint))
         }
-        query = sa.select(c.kind, c.endpoint_key, c.record).where(c.kind.in_(("judgement", PROBE)))
+        query = sa.select(c.kind, c.endpoint_key, c.record).where(c.kind.in_(kinds))
+        if critics:
+            query = query.where(c.critic_hash.in_(critics))
         rows = connection.execution_options(yield_per=CHUNK).execute(query.order_by(c.id))
         for kind, endpoint, record in rows:
             judgement = Judgement.model_validate_json(record)

@@ -116,6 +116,17 @@ def cost(price: Price, usage: Usage, *, batch: bool = False) -> int:
     return int((dollars * _PER_TOKEN).to_integral_value(ROUND_CEILING))
 
 
+def paid(
+    endpoint: Endpoint | EndpointSpec, usage: Usage | None, on: datetime.date | None = None
+) -> float | None:
+    """US dollars that usage costs at an endpoint's price on a day (None: this one); None if the price is not known.
+    Nothing used costs nothing."""
+    price = price_of(endpoint, on or datetime.datetime.now(datetime.UTC).date())
+    if price is None:
+        return None if usage is not None else 0.0
+    return cost(price, usage or Usage(), batch=endpoint.batch) / NANO
+
+
 def most(price: Price, prompt_tokens: int, completion_tokens: int, *, batch: bool = False) -> int:
     """The most that a call of at most so many tokens can cost, in nano-dollars: to be reserved before it is made."""
     usage = Usage(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)

@@ -97,14 +97,15 @@ def spending_rows(found: Mapping[str, Any]) -> list[dict[str, str]]:
         {
             "who": " + ".join(row["roles"]) or "not planned",
             "model": row["model"] or row["critic"],
-            **_cells(row),
+            **cells_of(row),
         }
         for row in found["rows"]
     ]
-    return [*rows, {"who": "total", "model": "", **_cells(found)}]
+    return [*rows, {"who": "total", "model": "", **cells_of(found)}]
 
 
-def _cells(row: Mapping[str, Any]) -> dict[str, str]:
+def cells_of(row: Mapping[str, Any]) -> dict[str, str]:
+    """Calls, tokens and dollars of what was `planned` and `spent`, as text; dashes where it is not known."""
     cells = {}
     for side in ("planned", "spent"):
         amount = row[side]

@@ -1,7 +1,8 @@
 """The quality of labels as one self-contained HTML page, and as a table for the terminal."""
 
+import dataclasses
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -12,6 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from laif_jax.config.money import NANOS, show_money
+from laif_jax.labeling.spending import Amount, cells_of, spending_rows, total
+from laif_jax.records.io import PathLike
 from laif_jax.studies.quality import rows_of, shown
 from laif_jax.studies.report import environment
 from laif_jax.studies.reward_figures import _figure, _legend
@@ -22,8 +26,13 @@ _DOTTED = (0, (1, 2))
 _DASHED = (0, (4, 3))
 
 
-def write_quality_report(path: str | epath.Path, report: Mapping[str, Any], *, name: str) -> epath.Path:
-    """Writes the page and returns its path. `report`: of `studies.quality.quality`; `name`: of what was judged."""
+def write_quality_report(path: PathLike, report: Mapping[str, Any], *, name: str) -> epath.Path:
+    """Writes the page and returns its path.
+
+    Args:
+      report: of `studies.quality.quality`; with `spending` and `tiers` where it is a run's (`studies.labels`).
+      name: of what was judged.
+    """
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render(report, name=name))
@@ -43,6 +52,9 @@ def render(report: Mapping[str, Any], *, name: str) -> str:
             report=report,
             critics=[{**critic, "rows": rows_of(critic)} for critic in critics],
             shown=shown,
+            spending_rows=spending_rows(report["spending"]) if report.get("spending") else [],
+            runs=run_rows(report.get("runs") or []),
+            tiers=tier_rows(report["tiers"]) if report.get("tiers") else [],
             figures={key: Markup(text) for key, text in drawn.items()},
         )
     )
@@ -70,9 +82,9 @@ def shares_figure(critics: list[dict[str, Any]]) -> str:
         for y, (_, row) in enumerate(rows):
             low, high = row["ci95"]
             axes.plot([100 * low, 100 * high], [y, y], color=LAIF, lw=2, solid_capstyle="butt")
+            if row["longest"] is not None:  # a little lower: neither hides the other
+                axes.plot(100 * row["longest"], y + 0.22, "s", color=SFT, markeredgecolor=PAGE, markersize=5)
             axes.plot(100 * row["value"], y, "o", color=LAIF, markeredgecolor=PAGE, markersize=7)
-            if row["longest"] is not None:
-                axes.plot(100 * row["longest"], y, "s", color=SFT, markeredgecolor=PAGE, markersize=6)
         axes.axvline(50, color=MUTED, linestyle=_DOTTED, linewidth=1)
         axes.set_yticks(range(len(rows)), [short(label, 60) for label, _ in rows])
         axes.tick_params(axis="y", length=0)
@@ -109,12 +121,65 @@ def _panels(figure: Figure, drawn: list[dict[str, Any]], lines: int, columns: in
             x, y = 100 * row["confidence"], 100 * row["accuracy"]
             axes.plot([x, x], [100 * end for end in row["ci95"]], color=LAIF, lw=1.5, solid_capstyle="butt")
             size = 4 + 10 * (row["n"] / total) ** 0.5
-            axes.plot(x, y, "o", color=LAIF, markeredgecolor=PAGE, markersize=size)
+            axes.plot(x, y, "o", color=LAIF, markeredgecolor=PAGE, markersize=size, clip_on=False)
         axes.set_xlim(48, 102)
         axes.set_ylim(-3, 103)
         axes.set_title(short(critic["critic"], 34))
         axes.set_xlabel("confidence, %")
     grid[0, 0].set_ylabel("people agree, %")
+
+
+def run_rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Planned against spent of each run, and their sum, as text."""
+    rows: list[Mapping[str, Any]] = [{"who": run["date"], **run} for run in runs]
+    sums = {
+        side: dataclasses.asdict(total(Amount(**run[side]) for run in runs if run[side]))
+        if all(run[side] for run in runs)
+        else None
+        for side in ("planned", "spent")
+    }
+    rows.append({"who": "all runs", **sums})
+    return [{**cells_of(row), "who": str(row["who"])} for row in rows]
+
+
+def tier_rows(tiers: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What two tiers used, beside what the strong critic alone would have, as text: `who`, `comparisons`, `calls`,
+    `tokens`, `dollars`."""
+    names = {
+        "first": "first critic",
+        "strong": "strong critic, where that one was not sure",
+        "strong_alone": "the strong critic alone (estimate)",
+        "saved": "saved (estimate)",
+    }
+    rows = []
+    for key, name in names.items():
+        used = tiers[key]
+        if used is not None:
+            count, cost = used.get("comparisons"), used["cost"]
+            tokens = used["prompt_tokens"] + used["completion_tokens"]
+            rows.append(
+                {
+                    "who": name,
+                    "comparisons": "–" if count is None else f"{count:,.0f}",
+                    "calls": f"{used['calls']:,.0f}",
+                    "tokens": f"{tokens:,.0f}",
+                    "dollars": show_money(None if cost is None else round(cost * NANOS)),
+                }
+            )
+    return rows
+
+
+def tier_text(tiers: Mapping[str, Any]) -> str:
+    """The saving of two tiers in a sentence."""
+    strong, first = tiers["strong"]["comparisons"], tiers["first"]["comparisons"]
+    text = f"two tiers: the strong critic was asked about {strong:,} of {first:,} pairs"
+    saved = tiers["saved"]
+    if saved is None:
+        return f"{text}; what it alone would have used is not known"
+    money = show_money(None if saved["cost"] is None else round(saved["cost"] * NANOS))
+    return (
+        f"{text}; against asking it alone that saved about {saved['calls']:,.0f} calls and {money} (estimate)"
+    )
 
 
 def quality_table(report: Mapping[str, Any], *, width: int = 110) -> str:

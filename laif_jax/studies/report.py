@@ -13,10 +13,10 @@ from etils import epath
 from markupsafe import Markup
 from rich.console import Console
 
+from laif_jax.labeling.spending import spending_rows
 from laif_jax.studies.answer import PAPER_CONTEXT
 from laif_jax.studies.figures import arms_figure, comparisons_figure, curves_figure
 from laif_jax.studies.rl_figures import kl_figure, ppo_figure, reward_figure, rounds_figure
-from laif_jax.studies.spending import spending_rows
 from laif_jax.studies.table import is_laif, number, percent, printable, ranked_comparisons, results_table
 
 FOREST_ROWS = 14  # comparisons drawn; all are in the table

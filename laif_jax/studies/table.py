@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from laif_jax.studies.spending import spending_rows
+from laif_jax.labeling.spending import spending_rows
 
 # Control characters but tab and line break (escape sequences are made of them), and halves of surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -127,6 +127,13 @@ def _comparisons(results: Mapping[str, Any]) -> Table:
     if len(rows) > COMPARISONS_SHOWN:
         table.caption = f"{len(rows) - COMPARISONS_SHOWN} more in the report"
     return table
+
+
+def spending_table(found: Mapping[str, Any], *, width: int = 110) -> str:
+    """Planned against spent, as text."""
+    buffer = io.StringIO()
+    Console(file=buffer, width=width, highlight=False).print(_spending(printable(found)))
+    return buffer.getvalue()
 
 
 def _spending(found: Mapping[str, Any]) -> Table:
