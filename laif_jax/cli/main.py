@@ -135,6 +135,7 @@ def _serve_labels(options: argparse.Namespace) -> int:
         limits=limits_of(options),
         endpoints=options.endpoints,
         any_endpoint=options.any_endpoint,
+        proxy=options.proxy,
     )
     return 0
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -29,13 +30,22 @@ def _check_options(options: dict[str, Any]) -> dict[str, Any]:
     """More fields of a request's body: they are stored with each request, so no secrets, and nothing that calls set."""
     if taken := sorted(_NOT_OPTIONS & set(options)):
         raise ValueError(f"`options` must not hold {', '.join(taken)}: the calls themselves set them")
-    if secret := sorted(name for name in options if _SECRET.search(name)):
+    if secret := sorted({name for name in _names(options) if _SECRET.search(name)}):
         raise ValueError(f"`options` must not hold {', '.join(secret)}: they are stored. Use `api_key_env`")
     try:
         json.dumps(options, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"`options` must be plain JSON values: {error}") from error
     return options
+
+
+def _names(value: Any) -> Iterator[str]:
+    """Names of fields, those of inner objects too."""
+    if isinstance(value, dict):
+        yield from (name for name in value if isinstance(name, str))
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    for item in inner:
+        yield from _names(item)
 
 
 def _check_variable(name: str) -> str:

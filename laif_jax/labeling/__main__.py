@@ -59,6 +59,7 @@ def main() -> int:
             limits=limits_of(options),
             endpoints=options.endpoints,
             any_endpoint=options.any_endpoint,
+            proxy=options.proxy,
         )
     except LaifError as error:
         logging.getLogger("laif_jax.labeling").error("%s", error)

@@ -123,6 +123,11 @@ def add_access(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="requests per second of one address (default: 200)",
     )
+    parser.add_argument(
+        "--proxy",
+        metavar="ADDRESS",
+        help="with a token: the proxy in front, whose X-Forwarded-For tells the address that a request comes from",
+    )
 
 
 def limits_of(options: argparse.Namespace) -> Limits:
@@ -221,7 +226,7 @@ class Gate:
                 wrong.level -= 1.0
                 return 401, "unauthorised", f"send the service's token: Authorization: Bearer ${TOKEN_ENV}"
         length = headers.get("content-length", "")
-        if length.isdigit() and int(length) > self.limits.body:
+        if length.isascii() and length.isdigit() and int(length) > self.limits.body:
             return 413, "too_large", _too_large(self.limits.body)
         return None
 

@@ -214,8 +214,11 @@ def _add_counts(app: FastAPI, store: Store, live: Live, *, trusting: bool) -> No
     @app.get("/health", tags=["service"], summary="Is it up?")
     async def health() -> Health:
         """Needs no token, for load balancers; where others are asked for one, the store's place is not told."""
+        stalled = store.stalled  # its words name the store's place
         return Health(
-            store=str(store.path) if trusting else "", jobs_running=live.runner.running, stalled=store.stalled
+            store=str(store.path) if trusting else "",
+            jobs_running=live.runner.running,
+            stalled=stalled if trusting else "the store cannot be written at present" if stalled else "",
         )
 
     @app.get("/v1/stats", tags=["service"], summary="Counts over the whole store")

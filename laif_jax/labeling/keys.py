@@ -4,6 +4,7 @@ A key never reaches a log, an error, a row of the store or a `repr`. `read_key` 
 and remembers the value so that `redact` can take it out of whatever an endpoint quotes back.
 """
 
+import functools
 import logging
 import os
 import re
@@ -25,6 +26,18 @@ _SHAPES = re.compile(
 )
 _known: set[str] = set()
 _lock = threading.Lock()
+_ESCAPES = re.compile(r"\\u00|\\/|%[0-9A-Fa-f]{2}")
+
+
+@functools.cache
+def _escaped(value: str) -> re.Pattern[str]:
+    """Finds `value` however its characters are escaped: in JSON, in JSON inside a JSON text, or in an address. A body
+    with such escapes holds the key as much as a plain one does."""
+    forms = []
+    for character in value:
+        code = f"(?i:{ord(character):02x})"
+        forms.append(rf"(?:\\{{0,4}}{re.escape(character)}|\\{{1,4}}u00{code}|%{code})")
+    return re.compile("".join(forms))
 
 
 class Key:
@@ -94,8 +107,8 @@ def read_key_file(file_name: str | Path, what: str, remedy: str) -> Key:
     path = Path(file_name).expanduser()
     where = f"{what} {path}"
     try:
-        # The open file is checked, not the path: it cannot be exchanged in between.
-        with path.open("rb") as file:
+        # The open file is checked, not the path: it cannot be exchanged in between. A pipe is not waited for.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise EndpointError(f"{where} is no file. Give a text file that holds the key alone")
@@ -126,9 +139,12 @@ def redact(text: str, *, shapes: bool = False) -> str:
     Args:
       shapes: also hide what only looks like a key. For logs and errors; an answer's own words are not changed so.
     """
+    escapes = _ESCAPES.search(text) is not None
     for value in tuple(_known):
         if value in text:
             text = text.replace(value, HIDDEN)
+        if escapes or '"' in value or "\\" in value:
+            text = _escaped(value).sub(HIDDEN, text)
     return _SHAPES.sub(HIDDEN, text) if shapes else text
 
 

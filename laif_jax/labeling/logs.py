@@ -3,7 +3,9 @@
 import json
 import logging
 import sys
+import threading
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Literal
 
 from laif_jax.labeling.keys import RedactingFilter, redact
@@ -44,5 +46,15 @@ def set_up(form: Format = "text", level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
+    # What would be printed past the log goes through it: tracebacks quote what an endpoint said, too.
+    logging.captureWarnings(True)
+    sys.excepthook = _crashed
+    threading.excepthook = lambda args: _crashed(args.exc_type, args.exc_value, args.exc_traceback)
     for name in _NOISY:  # some log every address, and at DEBUG whole requests
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _crashed(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt | SystemExit) or error is None:
+        return
+    logging.getLogger(__name__).critical("an error that nobody handled", exc_info=(kind, error, trace))

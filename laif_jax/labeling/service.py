@@ -1,6 +1,7 @@
 """Runs the labelling service: in this process, or as a child that ends with its parent."""
 
 import contextlib
+import ipaddress
 import logging
 import signal
 import socket
@@ -41,6 +42,7 @@ def serve_labels(
     limits: Limits | None = None,
     endpoints: str | Path | None = None,
     any_endpoint: bool = False,
+    proxy: str | None = None,
 ) -> None:
     """Serves until SIGTERM or SIGINT; then stops calling, stores the answers that are under way, and ends.
 
@@ -55,6 +57,7 @@ def serve_labels(
       limits: of bodies and of requests per second.
       endpoints: with a token: a YAML file with all the endpoints that jobs may ask; None: simulated ones only.
       any_endpoint: with a token: jobs may ask any, with any key and file of this machine.
+      proxy: with a token: the address of the proxy in front; limits then count for the addresses that it tells.
 
     Raises:
       BudgetError: `budget` is no amount. StoreError: the store cannot be opened. LabelServiceError: the port is taken,
@@ -62,6 +65,8 @@ def serve_labels(
     """
     need_token(host, token)
     allowed = _allowed(token, endpoints, any_endpoint)
+    if proxy is not None:
+        _check_proxy(token, proxy)
     # httpx logs every address at INFO; a run makes thousands.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     cap = None if budget in (None, "none") else parse_money(budget)
@@ -98,7 +103,9 @@ def serve_labels(
         access_log=False,
         timeout_graceful_shutdown=10,
         server_header=False,
-        proxy_headers=False,  # or anybody could choose the address that the limits are counted for
+        # From anybody else they would let him choose the address that the limits are counted for.
+        proxy_headers=proxy is not None,
+        forwarded_allow_ips=proxy or "",
         h11_max_incomplete_event_size=64 * 2**10,
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
@@ -127,6 +134,18 @@ def _allowed(token: Key | None, endpoints: str | Path | None, any_endpoint: bool
     allowed = load_allowed(endpoints)
     log.info("jobs may ask: %s", allowed.describe())
     return allowed
+
+
+def _check_proxy(token: Key | None, proxy: str) -> None:
+    """Raises `LabelServiceError`."""
+    if token is None:
+        raise LabelServiceError("--proxy has no effect without a token: nobody but this machine is answered")
+    try:
+        ipaddress.ip_address(proxy)
+    except ValueError as error:
+        raise LabelServiceError(
+            f"--proxy {proxy!r} is no address such as 127.0.0.1: name the one proxy from which requests come"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Generator
 from pathlib import Path
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 
@@ -212,6 +213,40 @@ def test_a_real_service_behind_a_token(tmp_path: Path) -> None:
         process.terminate()
         assert process.wait(60) == 0
     assert TOKEN.encode() not in b"".join(f.read_bytes() for f in tmp_path.rglob("*") if f.is_file())
+
+
+def test_strangers_learn_nothing_of_the_stores_place(tmp_path: Path) -> None:
+    store = Store(tmp_path / "secret-place")
+    with TestClient(create_app(store, token=Key(TOKEN))) as client:
+        store._writer.stalled = f"store {tmp_path}: no space"
+        answer = client.get("/health")
+        assert answer.json()["stalled"] == "the store cannot be written at present"
+        assert str(tmp_path) not in answer.text
+        assert str(tmp_path) in client.get("/v1/overview", headers=AUTH).json()["stalled"]
+        store._writer.stalled = ""
+        assert client.get("/health").json()["stalled"] == ""
+
+
+def test_behind_a_proxy_limits_count_for_each_client(tmp_path: Path) -> None:
+    """One client's wrong tokens must not lock out the others; and nobody but the proxy may say who he is."""
+
+    def get(url: str, token: str, address: str) -> int:
+        headers = {"Authorization": f"Bearer {token}", "X-Forwarded-For": address}
+        return httpx.get(f"{url}/v1/jobs", headers=headers).status_code
+
+    env = {"LAIF_LABEL_TOKEN": TOKEN}
+    with served(tmp_path / "a", "--proxy", "127.0.0.1", env=env) as (url, _):
+        assert [get(url, "wrong", "10.0.0.1") for _ in range(11)] == [401] * 10 + [429]
+        assert get(url, TOKEN, "10.0.0.2") == 200
+        assert (
+            get(url, TOKEN, "10.0.0.2, 10.0.0.1") == 429
+        )  # the last one is the proxy's word, others are the client's
+    with served(tmp_path / "b", env=env) as (url, _):
+        codes = [get(url, "wrong", f"10.0.0.{number}") for number in range(11)]
+        assert codes == [401] * 10 + [429]
+    for proxy, token in (("127.0.0.1", None), ("everybody", Key(TOKEN))):
+        with pytest.raises(LabelServiceError, match="--proxy"):
+            serve_labels("127.0.0.1", 0, tmp_path / "c", token=token, proxy=proxy)
 
 
 def test_jobs_may_come_from_elsewhere_with_the_token(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Keys come from the environment or a private file, and are found nowhere afterwards."""
 
 import copy
+import json
 import logging
+import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import pytest
 from hypothesis import given
@@ -54,6 +57,20 @@ def test_a_file_that_holds_no_key_is_never_sent(content: str, tmp_path: Path) ->
     assert "BEGIN" not in str(error.value)
 
 
+def test_a_pipe_is_no_key_file_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    with pytest.raises(EndpointError, match="is no file"):
+        read_key(endpoint(api_key_file=str(tmp_path / "pipe")))
+
+
+@pytest.mark.parametrize(
+    "options", [{"api_key": "x"}, {"extra": {"apiKey": "x"}}, {"list": [{"client_secret": "x"}]}]
+)
+def test_options_hold_no_secrets_at_any_depth(options: dict) -> None:
+    with pytest.raises(ValueError, match="must not hold"):
+        endpoint(options=options)
+
+
 def test_missing_sources_are_explained(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delenv("NO_KEY", raising=False)
     with pytest.raises(EndpointError, match="NO_KEY is not set"):
@@ -90,6 +107,39 @@ def test_a_known_key_is_taken_out_of_any_text(before: str, after: str) -> None:
 def test_other_text_is_not_changed(text: str) -> None:
     if SECRET not in text:
         assert redact(text) == text
+
+
+def written(key: str, forms: list[int]) -> str:
+    """A key as an endpoint may write it into JSON: each character plain, or escaped in one of several ways."""
+    found = []
+    for character, form in zip(key, forms, strict=True):
+        code = ord(character)
+        plain = json.dumps(character)[1:-1]
+        slash = "\\/" if character == "/" else plain
+        found.append([plain, f"\\u{code:04x}", f"\\u{code:04X}", slash][form])
+    return "".join(found)
+
+
+@given(
+    st.text('abcABC019-_+/=."\\', min_size=8, max_size=40).flatmap(
+        lambda key: st.tuples(
+            st.just(key), st.lists(st.integers(0, 3), min_size=len(key), max_size=len(key)), st.booleans()
+        )
+    )
+)
+def test_a_known_key_is_found_however_it_is_escaped(drawn: tuple[str, list[int], bool]) -> None:
+    key, forms, twice = drawn
+    key = "k3y" + key
+    Key(key)
+    text = f'{{"error": "the key {written(key, [0, 0, 0, *forms])} is wrong, at https://h/?q={quote(key, safe="")}"}}'
+    assert key in json.loads(text)["error"]
+    if twice:  # JSON as a text in JSON, as proxies wrap what they got
+        text = json.dumps({"upstream": text})
+    said = json.loads(redact(text))
+    said = json.loads(said["upstream"]) if twice else said
+    assert key not in said["error"]
+    assert key not in unquote(said["error"])
+    assert said["error"].endswith("=[key]")
 
 
 def test_short_values_are_no_secrets() -> None:
@@ -129,6 +179,26 @@ def test_logs_are_cleaned(capsys) -> None:
     assert SECRET not in shown
     assert "calling with [key] and 3" in shown
     assert "Traceback" in shown
+
+
+@pytest.mark.parametrize("where", ["thread", "main"])
+def test_what_crashes_is_logged_without_keys(where: str) -> None:
+    """Python itself would print the traceback past the log."""
+    code = (
+        "import threading\n"
+        "from laif_jax.labeling.keys import Key\n"
+        "from laif_jax.labeling.logs import set_up\n"
+        f"set_up('json')\nKey({SECRET!r})\n"
+        f"def crash(): raise ValueError('it said {SECRET}')\n"
+        "if MAIN: crash()\n"
+        "thread = threading.Thread(target=crash)\nthread.start()\nthread.join()\n"
+    ).replace("MAIN", str(where == "main"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == (1 if where == "main" else 0)
+    assert SECRET not in done.stderr
+    (line,) = map(json.loads, done.stderr.splitlines())
+    assert line["level"] == "CRITICAL"
+    assert "it said [key]" in line["exception"]
 
 
 def test_nothing_that_a_run_leaves_behind_holds_the_key(tmp_path: Path, caplog) -> None:

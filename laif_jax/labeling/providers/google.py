@@ -7,7 +7,7 @@ from typing import Any
 
 from laif_jax.labeling.calls import SERVICES, VERTEX, Endpoint
 from laif_jax.labeling.errors import BadRequest, EndpointError
-from laif_jax.labeling.keys import Key
+from laif_jax.labeling.keys import Key, redact
 from laif_jax.labeling.providers.remote import Exchange, connection_error, is_loopback, require, unreachable
 
 # What came over the wire in the present task: the package gives only its own reading of it.
@@ -109,7 +109,9 @@ class GoogleTransport:
             # Before the exchange: a field that the package does not have. After it: a body that it cannot read,
             # which is told by our own reading of it.
             if not seen:
-                raise BadRequest(reason=f"{self.url}: the request cannot be written: {error!r}") from error
+                raise BadRequest(
+                    reason=redact(f"{self.url}: the request cannot be written: {error!r}")
+                ) from error
         finally:
             _seen.reset(token)
         response = seen[-1]

@@ -8,7 +8,7 @@ from etils import epath
 
 from laif_jax.labeling.calls import Call, Endpoint
 from laif_jax.labeling.errors import BadRequest, CallError, Malformed
-from laif_jax.labeling.keys import Key
+from laif_jax.labeling.keys import Key, redact
 from laif_jax.labeling.providers.batch import Progress
 from laif_jax.labeling.providers.google import config_of, http_package, make_client
 from laif_jax.labeling.providers.ledger import Batch
@@ -40,14 +40,13 @@ class GoogleBatches:
             return await request
         except self._genai.errors.APIError as error:
             details = error.details
-            text = json.dumps(
-                details if isinstance(details, dict) and "error" in details else {"error": details}
-            )
+            told = details if isinstance(details, dict) and "error" in details else {"error": details}
+            text = redact(json.dumps(told))
             raise WIRES["google"].error(where, int(error.code or 500), {}, text) from error
         except http_package().TransportError as error:
             raise connection_error(where, error) from error
         except ValueError as error:  # before it was sent: a field that the package does not have
-            raise BadRequest(reason=f"{where}: {error}") from error
+            raise BadRequest(reason=redact(f"{where}: {error}")) from error
 
     async def submit(self, tag: str, calls: Sequence[Call]) -> str:
         source: Any
