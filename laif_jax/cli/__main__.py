@@ -2,6 +2,6 @@
 
 import sys
 
-from laif_jax.cli.main import main
+from laif_jax.cli import main
 
 sys.exit(main())

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from laif_jax.cli import label
+from laif_jax.cli import doctor, label
 from laif_jax.labeling.access import add_access
 from laif_jax.records import LaifError
 
@@ -194,6 +194,10 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--batches", type=int, default=1, help="how many batches")
     verb("report", _report, "make a finished study's report again").add_argument(
         "run", help="the folder runs/NAME"
+    )
+
+    doctor.add_arguments(
+        verb("doctor", doctor.doctor, "what is here, and what will be slow or will fail here, in plain words")
     )
 
     fetch = verb("fetch", _fetch, "get pretrained weights, check their hash, and say what was done")
