@@ -178,7 +178,10 @@ class _Run:
 
 
 def _priced(judgements: Sequence[Judgement], endpoint: Endpoint) -> list[Judgement]:
-    return [j.model_copy(update={"cost": paid(endpoint, j.usage)}) for j in judgements]
+    return [
+        j.model_copy(update={"cost": paid(endpoint, j.usage, calls=j.meta.get("calls") or 1)})
+        for j in judgements
+    ]
 
 
 @contextlib.contextmanager

@@ -102,9 +102,14 @@ def need_price(endpoint: Endpoint | EndpointSpec, on: datetime.date) -> Price:
     return price
 
 
-def cost(price: Price, usage: Usage, *, batch: bool = False) -> int:
-    """What a call costs, in nano-dollars, rounded up: exact integers, so that sums do not drift."""
-    if price.long is not None and price.long_above is not None and usage.prompt_tokens > price.long_above:
+def cost(price: Price, usage: Usage, *, batch: bool = False, calls: int = 1) -> int:
+    """What a call costs, in nano-dollars, rounded up: exact integers, so that sums do not drift.
+
+    Args:
+      calls: of how many calls, alike in length, `usage` is the sum: long ones may have another price.
+    """
+    long = price.long_above is not None and usage.prompt_tokens > max(1, calls) * price.long_above
+    if price.long is not None and long:
         price = price.long
     cached = min(usage.cached_tokens, usage.prompt_tokens)
     factor = 1 - price.batch_discount if batch else Decimal(1)
@@ -117,14 +122,14 @@ def cost(price: Price, usage: Usage, *, batch: bool = False) -> int:
 
 
 def paid(
-    endpoint: Endpoint | EndpointSpec, usage: Usage | None, on: datetime.date | None = None
+    endpoint: Endpoint | EndpointSpec, usage: Usage | None, *, calls: int = 1, on: datetime.date | None = None
 ) -> float | None:
     """US dollars that usage costs at an endpoint's price on a day (None: this one); None if the price is not known.
-    Nothing used costs nothing."""
+    Nothing used costs nothing. `calls`: see `cost`."""
+    if usage is None:
+        return 0.0
     price = price_of(endpoint, on or datetime.datetime.now(datetime.UTC).date())
-    if price is None:
-        return None if usage is not None else 0.0
-    return cost(price, usage or Usage(), batch=endpoint.batch) / NANO
+    return None if price is None else cost(price, usage, batch=endpoint.batch, calls=calls) / NANO
 
 
 def most(price: Price, prompt_tokens: int, completion_tokens: int, *, batch: bool = False) -> int:

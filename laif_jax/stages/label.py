@@ -23,7 +23,7 @@ from laif_jax.stages.artifact import Artifact, StageError, run_stage
 from laif_jax.stages.context import Context
 from laif_jax.stages.patience import ask_patiently
 from laif_jax.stages.progress import job_lines
-from laif_jax.stages.usage import cost_of, usage_of
+from laif_jax.stages.usage import calls_of, cost_of, usage_of
 
 PREFERENCES = "preferences.jsonl.gz"
 TIES = "ties.jsonl.gz"
@@ -137,7 +137,7 @@ def _ask(ctx: Context, spec: VoiceSpec, comparisons: list[Comparison], *, cost: 
         ask_probe(client, ctx.services.endpoint(spec.endpoint), critic, ctx.config.labeling.probe)
     if cost:
         endpoint = ctx.config.endpoints[spec.endpoint]
-        final = [j.model_copy(update={"cost": cost_of(j.usage, endpoint)}) for j in final]
+        final = [j.model_copy(update={"cost": cost_of(j.usage, endpoint, calls_of(j))}) for j in final]
     return Voice(final, single)
 
 

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from typing import TypedDict
 
 from laif_jax.config import EndpointSpec, IterateSpec
+from laif_jax.records import Usage
 from laif_jax.stages.artifact import Artifact
-
-_OURS = ("simulated", "llama_cpp", "checkpoint")
+from laif_jax.stages.usage import cost_of
 
 
 class Spend(TypedDict):
@@ -20,8 +20,9 @@ def spend_of(artifacts: Iterable[Artifact], endpoint: EndpointSpec | None) -> Sp
     """What finished stages of labels (`stages.label`, `stages.human`) used.
 
     Args:
-      endpoint: who was asked, whose present prices count (without the discount for cached tokens: the cost is an upper
-        bound); None: people, who are paid elsewhere. An endpoint on our own machine costs nothing unless it has prices.
+      endpoint: who was asked, whose present prices count, its own or the price table's (without the discount for cached
+        tokens: the cost is an upper bound); None: people, who are paid elsewhere. An endpoint on our own machine costs
+        nothing unless it has prices.
     """
     comparisons, prompt, completion = 0, 0.0, 0.0
     several: float | None = 0.0  # of stages that asked several critics, each with its own prices
@@ -32,16 +33,14 @@ def spend_of(artifacts: Iterable[Artifact], endpoint: EndpointSpec | None) -> Sp
             several = None if several is None or usage["cost"] is None else several + usage["cost"]
             continue
         prompt, completion = prompt + usage["prompt_tokens"], completion + usage["completion_tokens"]
-    cost = _cost(endpoint, prompt, completion)
+    cost = _cost(endpoint, prompt, completion, comparisons)
     return Spend(comparisons=comparisons, cost=None if cost is None or several is None else cost + several)
 
 
-def _cost(endpoint: EndpointSpec | None, prompt: float, completion: float) -> float | None:
+def _cost(endpoint: EndpointSpec | None, prompt: float, completion: float, calls: int) -> float | None:
     if endpoint is None:
         return 0.0
-    if endpoint.prompt_price is not None and endpoint.completion_price is not None:
-        return (prompt * endpoint.prompt_price + completion * endpoint.completion_price) / 1e6
-    return 0.0 if endpoint.provider in _OURS else None
+    return cost_of(Usage(prompt_tokens=int(prompt), completion_tokens=int(completion)), endpoint, calls)
 
 
 def over_bounds(

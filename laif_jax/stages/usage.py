@@ -1,36 +1,40 @@
-"""What calls to other models used."""
+"""What calls to other models used, and what that costs by `labeling.prices`, as everywhere else."""
 
 from collections.abc import Iterable
 
 from laif_jax.config import EndpointSpec
+from laif_jax.labeling.prices import paid
 from laif_jax.records import Completion, Judgement, Rating, Usage
 
 
 def usage_of(
     records: Iterable[Completion | Judgement | Rating], endpoint: EndpointSpec | None
 ) -> dict[str, float | None]:
-    """Tokens that the records used, and `cost`, US dollars by the endpoint's prices (None where it has none).
+    """Tokens that the records used, and `cost`, US dollars at the endpoint's present price: its own, or that of the
+    price table; None where neither has one. Local and simulated models cost nothing unless they have prices.
 
     Args:
       endpoint: who was asked; None: nobody, the records come from the data.
     """
-    used = [record.usage for record in records if record.usage]
-    prompt, completion = (
-        sum(usage.prompt_tokens for usage in used),
-        sum(usage.completion_tokens for usage in used),
-    )
-    cost = None
-    if endpoint and endpoint.prompt_price is not None and endpoint.completion_price is not None:
-        cost = (prompt * endpoint.prompt_price + completion * endpoint.completion_price) / 1e6
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "cost": cost}
+    used = [record for record in records if record.usage]
+    costs = [cost_of(record.usage, endpoint, calls_of(record)) if endpoint else None for record in used]
+    nothing = None if endpoint is None else cost_of(Usage(), endpoint)
+    return {
+        "prompt_tokens": sum(record.usage.prompt_tokens for record in used if record.usage),
+        "completion_tokens": sum(record.usage.completion_tokens for record in used if record.usage),
+        "cost": nothing if not used else None if None in costs else sum(c for c in costs if c is not None),
+    }
 
 
-def cost_of(used: Usage | None, endpoint: EndpointSpec) -> float | None:
-    """US dollars by the endpoint's prices; None where it has none. Nothing used costs nothing."""
-    if used is None:
-        return 0.0
-    if endpoint.prompt_price is None or endpoint.completion_price is None:
-        return None
-    return (
-        used.prompt_tokens * endpoint.prompt_price + used.completion_tokens * endpoint.completion_price
-    ) / 1e6
+def calls_of(record: Completion | Judgement | Rating) -> int:
+    """How many calls a record's usage is the sum of."""
+    return int(record.meta.get("calls", 1)) or 1
+
+
+def cost_of(used: Usage | None, endpoint: EndpointSpec, calls: int = 1) -> float | None:
+    """US dollars at the endpoint's present price; None where it is not known. Nothing used costs nothing.
+
+    Args:
+      calls: of how many calls `used` is the sum.
+    """
+    return paid(endpoint, used, calls=calls)

@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from laif_jax.config.schema import EndpointSpec, SimulatedSpec
 from laif_jax.labeling.calls import Call, Endpoint
 from laif_jax.labeling.errors import EndpointError
-from laif_jax.labeling.prices import TABLES, Price, cost, dollars, most, need_price, price_of, read_table
+from laif_jax.labeling.prices import (
+    TABLES,
+    Price,
+    cost,
+    dollars,
+    most,
+    need_price,
+    paid,
+    price_of,
+    read_table,
+)
 from laif_jax.records import Usage
 
 DAY = datetime.date(2026, 11, 1)
@@ -54,6 +64,19 @@ def test_models_are_found_by_name(provider, model, prompt, cached, completion) -
     )
     assert price.batch_discount == Decimal("0.5")
     assert price.source.startswith("https://")
+
+
+def test_many_calls_together_have_no_long_price() -> None:
+    gemini = Endpoint(provider="google", model="gemini-2.5-pro")
+    price = price_of(gemini, DAY)
+    assert price is not None
+    assert price.long_above is not None
+    assert price.long is not None
+    used = Usage(prompt_tokens=price.long_above + 1)
+    assert cost(price, used) > cost(price, used, calls=2) > 0
+    assert paid(gemini, used, calls=2, on=DAY) == cost(price, used, calls=2) / 1e9
+    assert paid(gemini, None, on=DAY) == 0.0
+    assert paid(openai("gpt-99"), used, on=DAY) is None
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,17 @@ def test_costs_are_by_the_endpoints_prices():
     priced = plain.model_copy(update={"prompt_price": 0.5, "completion_price": 2.0})
     tokens = {"prompt_tokens": 6_000_000, "completion_tokens": 1_000_000}
     assert usage_of(rows, priced) == {**tokens, "cost": pytest.approx(6 * 0.5 + 1 * 2.0)}
-    assert usage_of(rows, plain) == usage_of(rows, None) == {**tokens, "cost": None}
+    assert usage_of(rows, None) == {**tokens, "cost": None}
+    assert usage_of(rows, plain) == {**tokens, "cost": 0.0}  # a model of our own
+    # The table knows the others: cached tokens are cheaper, a batch is half the price, and who is unknown is unknown.
+    table = EndpointSpec(provider="openai", base_url="https://api.openai.com/v1", model="gpt-4.1")
+    assert usage_of(rows, table)["cost"] == pytest.approx(6 * 2.0 + 1 * 8.0)
+    assert usage_of(rows, table.model_copy(update={"batch": True}))["cost"] == pytest.approx(10.0)
+    cached = [
+        row.model_copy(update={"usage": used.model_copy(update={"cached_tokens": 10**6})}) for row in rows
+    ]
+    assert usage_of(cached, table)["cost"] == pytest.approx(4 * 2.0 + 2 * 0.5 + 1 * 8.0)
+    assert usage_of(rows, table.model_copy(update={"model": "gpt-99"}))["cost"] is None
 
 
 # ---- critics and judges ----------------------------------------------------------------------------------------
