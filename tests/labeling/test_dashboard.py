@@ -1,10 +1,10 @@
 """The dashboard in a real browser, the page of the API's description, and the metrics."""
 
+import asyncio
 import contextlib
 import html
 import json
 import re
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -16,13 +16,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from laif_jax.labeling.client import LabelClient
 from laif_jax.records import Comparison, Completion, Prompt
+from tests.labeling.browser import CHROMIUM, OPTIONS, browse, needs_browser
 from tests.labeling.face_server import TOKEN, served
 from tests.labeling.helpers import simulated
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium is installed: the dashboard was not looked at"
-)
 HOSTILE = (
     "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">",
     "</p></div><svg onload=\"document.title='owned'\"> <a href=\"javascript:document.title='owned'\">x</a>",
@@ -59,8 +56,7 @@ def service(tmp_path_factory) -> Iterator[str]:
 def dom(url: str, folder: Path, *options: str) -> str:
     """The page after its scripts ran for some seconds."""
     assert CHROMIUM is not None
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"]
-    command += ["--disable-background-networking", f"--user-data-dir={folder}", "--virtual-time-budget=5000"]
+    command = [CHROMIUM, *OPTIONS, f"--user-data-dir={folder}", "--virtual-time-budget=5000"]
     done = subprocess.run(
         [*command, *options, "--dump-dom", url], capture_output=True, timeout=120, check=True
     )
@@ -71,7 +67,7 @@ def words(page: str) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", page)).split())
 
 
-@browser
+@needs_browser
 def test_the_dashboard_shows_the_run_and_executes_nothing_of_it(service: str, tmp_path: Path) -> None:
     page = dom(service + "/", tmp_path)
     shown = words(page)
@@ -94,7 +90,7 @@ def test_the_dashboard_shows_the_run_and_executes_nothing_of_it(service: str, tm
     assert side.group(1) == "b"
 
 
-@browser
+@needs_browser
 def test_the_dashboard_needs_nothing_from_elsewhere(service: str, tmp_path: Path) -> None:
     """Chromium can reach this machine alone here, and the page's policy lets it load from the service alone."""
     page = dom(service + "/", tmp_path, "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1")
@@ -107,28 +103,67 @@ def test_the_dashboard_needs_nothing_from_elsewhere(service: str, tmp_path: Path
         assert not re.search(r"(src|href)=.?(https?:)?//|url\(|import ", text), path
 
 
-@browser
-def test_the_dashboard_follows_a_running_job(tmp_path: Path) -> None:
-    """Two looks at one page's life: it asks again by itself, and shows what changed."""
-    with served(tmp_path / "store", "--token-env", "") as (url, _), LabelClient(url) as client:
-        before = words(dom(url + "/", tmp_path / "a"))
-        assert "no job yet" in before
-        client.judge(simulated(), "laif_basic", hostile(3))
-        assert "3 of 3" in words(dom(url + "/", tmp_path / "a"))
-    asked = (tmp_path / "store.log").read_text()
-    assert "Traceback" not in asked
+@needs_browser
+async def test_the_dashboard_follows_a_running_job(tmp_path: Path) -> None:
+    """One page, never loaded again: it shows a job while it runs, its end, a second job, and a service that is gone."""
+    with served(tmp_path / "store", "--token-env", "") as (url, process), LabelClient(url) as client:
+        async with browse(tmp_path / "profile") as page:
+            await page.open(url + "/")
+            await page.shows("no job yet")
+            await page.shows("no judgement yet")
+            await page.evaluate("window.firstLoad = true")
+            slow = simulated(concurrency=2, latency=1.0)
+            job = asyncio.create_task(asyncio.to_thread(client.judge, slow, "laif_basic", hostile(10)))
+            await page.shows("running · judge")
+            await page.shows("2 of 2")  # in flight, of the endpoint's two
+            await page.shows("left")  # a pace, and so a time until the end
+            await job
+            await page.shows("done · judge")
+            await page.shows("10 of 10")
+            await page.shows("is better, with probability")
+            assert await page.evaluate("document.querySelector('#spark path.line') !== null")
+            await asyncio.to_thread(client.judge, simulated(), "ab_logprob", hostile(3))
+            await page.shows("3 of 3")
+            assert await page.evaluate("document.title") == "Labelling service"  # no script of a response ran
+            assert page.problems == []
+            process.terminate()
+            process.wait(60)
+            await page.shows("no connection")
+            assert "10 of 10" in await page.text()  # what was known stays
+            assert await page.evaluate("window.firstLoad")
+    assert "Traceback" not in (tmp_path / "store.log").read_text()
 
 
-@browser
-def test_the_dashboard_asks_for_the_token(tmp_path: Path) -> None:
+@needs_browser
+async def test_the_dashboard_asks_for_the_token(tmp_path: Path) -> None:
+    """It shows nothing without; a wrong one is told; the right one opens it, and stays in this tab alone."""
+    enter = (
+        "document.getElementById('token').value = {}; document.querySelector('#token-form button').click()"
+    )
     with served(tmp_path / "store", env={"LAIF_LABEL_TOKEN": TOKEN}) as (url, _):
-        page = dom(url + "/", tmp_path / "profile")
-        assert re.search(r'<section id="login" class="card">', page)
-        assert re.search(r'<main id="main" hidden="">', page)
-        assert str(tmp_path) not in page
+        async with browse(tmp_path / "profile") as page:
+            await page.open(url + "/")
+            await page.until("!document.getElementById('login').hidden")
+            assert await page.evaluate("document.getElementById('main').hidden")
+            assert str(tmp_path) not in await page.evaluate("document.documentElement.outerHTML")
+            await page.evaluate(enter.format("'a-token-that-is-wrong'"))
+            await page.shows("does not accept this token")
+            assert await page.evaluate("document.getElementById('main').hidden")
+            await page.evaluate(enter.format(json.dumps(TOKEN)))
+            await page.shows("no job yet")
+            assert await page.evaluate("document.getElementById('login').hidden")
+            assert await page.evaluate("document.getElementById('token').value") == ""
+            assert await page.evaluate("[document.cookie, localStorage.length, location.href]") == [
+                "",
+                0,
+                url + "/",
+            ]
+            await page.send("Page.reload")
+            await page.until("document.readyState === 'complete'")
+            await page.shows("no job yet")
 
 
-@browser
+@needs_browser
 def test_it_can_be_read_on_a_phone(service: str, tmp_path: Path) -> None:
     """Nothing is wider than the window. (Chromium's own windows are at least 500 wide, so a frame is measured.)"""
     page = httpx.get(service + "/").text
