@@ -5,7 +5,7 @@ the service's machine is read and to which address its content goes, which files
 call is made, at which price it counts against the budget, and under whose name its answer is kept. So a service with a
 token takes none of that from a job: what a job says only selects one of the operator's entries, and the entry is used.
 
-Simulated endpoints are free, reach nobody and read nothing; they need no entry.
+Simulated endpoints reach nobody and read nothing; they need no entry, and are free.
 """
 
 from collections.abc import Mapping
@@ -48,6 +48,8 @@ class Allowed:
                     f"endpoints.{name}: a service starts no model servers. Start it, and list its address with "
                     "`provider: openai` (`client: plain` needs no further package)"
                 )
+            if spec.provider == "simulated":
+                continue
             entry = Endpoint.from_spec(spec)
             twin = next((other for other, found in self._entries.items() if _same(found, entry)), None)
             if twin is not None:
@@ -70,6 +72,7 @@ class Allowed:
           NotAllowedError: it is none of the operator's.
         """
         if sent.provider == "simulated":
+            _leave_out(sent, None)
             return sent
         entry = next((found for found in self._entries.values() if _same(found, sent)), None)
         if entry is None:
@@ -78,12 +81,7 @@ class Allowed:
                 "gives provider, model, address, `options` and `batch` as listed, and no key: the service has it. The "
                 "service's operator lists endpoints with `laif serve labels --endpoints FILE`"
             )
-        for field in OPERATORS:
-            value = getattr(sent, field)
-            if value not in (Endpoint.model_fields[field].default, getattr(entry, field)):
-                raise NotAllowedError(
-                    f"endpoint {entry.name}: `{field}` is the operator's of this service. Leave it out"
-                )
+        _leave_out(sent, entry)
         if sent.identity not in (entry.identity, _natural(entry)):
             raise NotAllowedError(f"endpoint {entry.name}: answers are not kept under another's `identity`")
         return entry
@@ -102,6 +100,16 @@ def load_allowed(path: str | Path | None) -> Allowed:
       ConfigError: the file cannot be read as one. LabelServiceError: see `Allowed`.
     """
     return Allowed({} if path is None else load_endpoints(str(path)))
+
+
+def _leave_out(sent: Endpoint, entry: Endpoint | None) -> None:
+    """Raises `NotAllowedError` for a field that is the operator's, and not as he set it."""
+    for field in OPERATORS:
+        allowed = {Endpoint.model_fields[field].default, getattr(entry, field) if entry else None}
+        if getattr(sent, field) not in allowed:
+            raise NotAllowedError(
+                f"`{field}` is the operator's of this service: leave it out of the endpoint"
+            )
 
 
 def _same(a: Endpoint, b: Endpoint) -> bool:

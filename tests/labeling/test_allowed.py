@@ -187,16 +187,12 @@ def test_without_a_list_only_simulated_endpoints_are_asked(tmp_path: Path, their
     with Service(tmp_path / "store", Allowed({})) as service:
         assert "none but simulated" in refused(service.submit(sent(theirs))).detail
         assert service.submit(simulated().model_dump(mode="json")).status_code == 202
-        # What a simulated endpoint does not use, it does not use here either.
-        odd = simulated().model_dump(mode="json") | {
-            "base_url": theirs.url,
-            "api_key_file": str(tmp_path / "secret"),
-            "cassette": str(tmp_path / "new.jsonl"),
-            "cassette_mode": "record",
-        }
-        answer = service.submit(odd)
-        assert answer.status_code == 202
-        service.finish(answer.json()["id"])
+        for odd in (
+            {"base_url": theirs.url, "api_key_file": str(tmp_path / "secret")},
+            {"cassette": str(tmp_path / "new.jsonl"), "cassette_mode": "record"},
+            {"prompt_price": 1e6, "completion_price": 1e6},  # would use up the budget of all
+        ):
+            refused(service.submit(simulated().model_dump(mode="json") | odd))
     assert not theirs.calls
     assert not (tmp_path / "new.jsonl").exists()
 
@@ -283,7 +279,9 @@ def write(folder: Path, text: str) -> Path:
 
 def test_a_studys_file_can_be_the_list(tmp_path: Path) -> None:
     text = "name: study\nendpoints:\n  gpt: {provider: openai, base_url: 'http://h/v1', model: m}\n"
-    assert "gpt (m at http://h/v1)" in load_allowed(write(tmp_path, text)).describe()
+    for name in ("weak", "strong"):  # these need no entry, and are none
+        text += f"  {name}: {{provider: simulated, simulated: {{world: planted}}}}\n"
+    assert load_allowed(write(tmp_path, text)).describe() == "gpt (m at http://h/v1)"
     assert len(load_allowed(None)) == 0
 
 
