@@ -62,9 +62,12 @@ class Admission:
 
     Attributes:
       most: calls in flight at most, by the configuration. limit: at present.
+      step: by how much a full round of successes raises the limit, and what it never falls below: 1, but for batches,
+        of which a round takes hours.
     """
 
     most: int
+    step: int = 1
     limit: float = 0.0
     requests: Bucket = field(default_factory=Bucket)
     tokens: Bucket = field(default_factory=Bucket)
@@ -92,15 +95,15 @@ class Admission:
         self.tokens.take(tokens)
 
     def succeeded(self) -> None:
-        """One more call in flight for each full round of successes."""
+        """One more call in flight (`step`) for each full round of successes."""
         if self.limit < self.most:
-            self.limit = min(float(self.most), self.limit + 1.0 / self.limit)
+            self.limit = min(float(self.most), self.limit + self.step / self.limit)
 
     def throttled(self, time: float, started: float, retry_after: float | None) -> None:
         """The endpoint refused a call, sent at `started`, as one too many. Refusals of calls that were sent before the
         last one shrank the limit say nothing new."""
         if started > self._shrunk_at:
-            self.limit = max(1.0, self.limit * SHRINK)
+            self.limit = max(float(min(self.step, self.most)), self.limit * SHRINK)
             self._shrunk_at = time
         if retry_after is not None:
             # The endpoint speaks to all of us: nobody calls it before the time it named.

@@ -414,7 +414,7 @@ class JudgeWork:
             singles.append(read_samples(comparison, order, critic, mine, self._principle(comparison)))
         if len(singles) == 1:
             final = self._result(told(singles[0], comparison))
-            return [final, replace(final, part=1)]
+            return [final, final.at(1)]
         merged = told(merge(comparison, critic, singles), comparison)
         return [self._result(merged)] + [self._result(single, part) for part, single in enumerate(singles, 1)]
 

@@ -9,15 +9,15 @@ from laif_jax.labeling.admission import Admission, Circuit
 
 
 class Acks:
-    """Counts commits in the event loop, with one wake-up for all that are done at once."""
+    """Counts commits in the event loop, with one wake-up for all that come before it looks."""
 
     def __init__(self, done: Any) -> None:
         self._loop = asyncio.get_running_loop()
         self._done, self._count, self._woken = done, deque[int](), False
 
-    def __call__(self, _: Any) -> None:
+    def __call__(self, _: Any, count: int) -> None:
         """Called in the writer's thread."""
-        self._count.append(1)
+        self._count.append(count)
         if not self._woken:
             self._woken = True
             if not self._loop.is_closed():
@@ -27,8 +27,7 @@ class Acks:
         self._woken = False
         count = 0
         while self._count:
-            self._count.popleft()
-            count += 1
+            count += self._count.popleft()
         if count:
             self._done(count)
 
@@ -40,8 +39,8 @@ class Lane:
     that a full disk stops the calls and a kill loses little.
     """
 
-    def __init__(self, most: int) -> None:
-        self.admission = Admission(most)
+    def __init__(self, most: int, step: int = 1) -> None:
+        self.admission = Admission(most, step)
         self.circuit = Circuit(limit=max(8, 2 * most))
         self.in_flight = 0
         self.unstored = 0

@@ -18,6 +18,7 @@ from sqlalchemy.engine import Connection
 from laif_jax.labeling import budget
 from laif_jax.labeling.database import clock, dead_workers
 from laif_jax.labeling.schema import requests, usage, workers
+from laif_jax.labeling.statements import having, inserts
 
 log = logging.getLogger(__name__)
 LEASE = 60.0  # seconds that a worker on another machine may be silent
@@ -102,18 +103,21 @@ def claim(connection: Connection, worker: str, job: str, wants: Sequence[Want], 
 def _known(connection: Connection, keys: Sequence[str]) -> dict[str, tuple[str, str, str, int]]:
     c = requests.c
     found = {}
-    for start in range(0, len(keys), 500):
-        query = sa.select(c.key, c.state, c.reason, c.updated, c.attempts).where(
-            c.key.in_(keys[start : start + 500])
-        )
+    for condition in having(connection, c.key, keys):
+        query = sa.select(c.key, c.state, c.reason, c.updated, c.attempts).where(condition)
         found |= {row[0]: tuple(row[1:]) for row in connection.execute(query)}
     return found
 
 
 def _insert(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
-    if rows:
-        insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-        connection.execute(insert(requests).on_conflict_do_nothing(index_elements=["key"]), list(rows))
+    if connection.dialect.name == "sqlite":
+        _insert_many(connection, rows)
+    elif rows:
+        once = postgresql.insert(requests).on_conflict_do_nothing(index_elements=["key"])
+        connection.execute(once, list(rows))
+
+
+_insert_many = inserts(sqlite.insert(requests).on_conflict_do_nothing(index_elements=["key"]), requests)
 
 
 def _take(

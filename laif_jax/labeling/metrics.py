@@ -7,13 +7,16 @@ than the store's size allows.
 import asyncio
 import threading
 import time
-from collections import deque
+from bisect import bisect_left
+from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 
 from laif_jax.labeling.calls import Endpoint
 from laif_jax.records import Comparison
@@ -33,6 +36,19 @@ class Shown:
     record: str
 
 
+class _Ended:
+    """Calls of one endpoint with one outcome: how many took how long. (The library's own counters take a lock each.)"""
+
+    def __init__(self, endpoint: str, outcome: str) -> None:
+        self.endpoint, self.outcome = endpoint, outcome
+        self.seconds = 0.0
+        self.counts = [0] * (len(BUCKETS) + 1)  # by the first bucket that holds them
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(BUCKETS, seconds)] += 1
+        self.seconds += seconds
+
+
 class Meters:
     """Counts calls as they end. Its methods are called in the event loop, and are cheap."""
 
@@ -40,32 +56,15 @@ class Meters:
         self.registry = CollectorRegistry()
         self.answered = self.failed = 0
         self.latest: deque[Shown] = deque(maxlen=LATEST)
-        self._calls = Counter(
-            "laif_calls",
-            "Calls that ended, by endpoint and outcome.",
-            ("endpoint", "outcome"),
-            registry=self.registry,
-        )
-        self._seconds = Histogram(
-            "laif_call_seconds",
-            "Time of calls that ended, answered or not.",
-            ("endpoint",),
-            buckets=BUCKETS,
-            registry=self.registry,
-        )
-        # Finding a label's child takes longer than counting.
-        self._known: dict[tuple[str, str], Any] = {}
-        self._timers: dict[str, Any] = {}
+        self._ended: dict[tuple[str, str], _Ended] = {}
+        self.registry.register(self)
 
     def call(self, endpoint: Endpoint, outcome: str, seconds: float) -> None:
         """A call ended. `outcome`: "answered", or the kind of its error."""
-        key = endpoint.key
-        child = self._known.get((key, outcome))
-        if child is None:
-            child = self._known[key, outcome] = self._calls.labels(endpoint.name, outcome)
-            self._timers[key] = self._seconds.labels(endpoint.name)
-        child.inc()
-        self._timers[key].observe(seconds)
+        ended = self._ended.get((endpoint.key, outcome))
+        if ended is None:
+            ended = self._ended[endpoint.key, outcome] = _Ended(endpoint.name, outcome)
+        ended.add(seconds)
         if outcome == "answered":
             self.answered += 1
         else:
@@ -76,6 +75,31 @@ class Meters:
         at = getattr(work, "comparison", None)
         if at is not None:
             self.latest.append(Shown(work.id, at(position), record))
+
+    def collect(self) -> Iterator[Metric]:
+        """What ended, for Prometheus. Several endpoints may have one name (and differ in their options)."""
+        calls: Counter[tuple[str, str]] = Counter()
+        seconds: defaultdict[str, float] = defaultdict(float)
+        counts: dict[str, list[int]] = {}
+        for ended in list(self._ended.values()):
+            calls[ended.endpoint, ended.outcome] += sum(ended.counts)
+            seconds[ended.endpoint] += ended.seconds
+            before = counts.get(ended.endpoint, [0] * len(ended.counts))
+            counts[ended.endpoint] = [a + b for a, b in zip(before, ended.counts, strict=True)]
+        family = CounterMetricFamily(
+            "laif_calls", "Calls that ended, by endpoint and outcome.", labels=("endpoint", "outcome")
+        )
+        for labels, count in calls.items():
+            family.add_metric(labels, count)
+        yield family
+        times = HistogramMetricFamily(
+            "laif_call_seconds", "Time of calls that ended, answered or not.", labels=("endpoint",)
+        )
+        names = [floatToGoString(bound) for bound in (*BUCKETS, float("inf"))]
+        for endpoint, found in counts.items():
+            upto = list(accumulate(found))
+            times.add_metric([endpoint], list(zip(names, upto, strict=True)), seconds[endpoint])
+        yield times
 
 
 Value = TypeVar("Value")

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from laif_jax.labeling.calls import Call
@@ -15,7 +16,7 @@ from laif_jax.labeling.errors import LabelError
 from laif_jax.labeling.jobs import JobStatus
 from laif_jax.labeling.leases import Claimed, Want
 from laif_jax.labeling.scheduler import Outcome, Party, Scheduler, request_row, stored_outcome, utf8
-from laif_jax.labeling.store import Row, Store, now
+from laif_jax.labeling.store import Done, Row, Store, now
 from laif_jax.labeling.work import Work
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class JobRun:
         self._counts: Counter[str] = Counter()
         self._counted: dict[str, int] | None = None  # by the store, over all processes
         self._counted_at = 0.0
+        self._ends: dict[str, Done] = {}  # what counts results, by their status
         self._failed: dict[str, Outcome] = {}  # not asked twice in one run
         self._error: BaseException | None = None
         self._stopped = self._left = False
@@ -430,12 +432,12 @@ class JobRun:
         self.store.post(
             {"results": list(rows.values()), "job_items": places},
             [],
-            lambda error: self._committed(error, status),
+            self._ends.get(status) or self._ends.setdefault(status, partial(self._committed, status)),
         )
 
-    def _committed(self, error: LabelError | None, status: str) -> None:
+    def _committed(self, status: str, error: LabelError | None, count: int) -> None:
         # Called by the store's one writer thread: what is counted is on disk.
         if error is not None:
             self._error = error
             return
-        self._counts[status] += 1
+        self._counts[status] += count

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 BACKOFF_FIRST = 0.5  # seconds before the second attempt; doubles with each further one
 BACKOFF_MOST = 30.0
 RETRY_AFTER_MOST = 600.0
+BATCH_STEP = 500  # rows: see `Admission`
 _body_json = json_writer()
 _THROTTLED = {"rate_limited", "overloaded"}
 
@@ -113,7 +114,8 @@ class Scheduler:
         self.store = store
         self.meters = meters or Meters()
         self.closing = False
-        self._lanes: dict[str, Lane] = {}
+        # A batch's rows wait for one another: what holds live calls to the same model back must not cut it up.
+        self._lanes: dict[tuple[str, bool], Lane] = {}
         self._providers: dict[Endpoint, Provider] = {}
         self._jitter = random.Random()  # never reaches a result
 
@@ -123,15 +125,20 @@ class Scheduler:
         if provider is None:
             ledger = SqlLedger(self.store.engine) if endpoint.batch else None
             provider = self._providers[endpoint] = make_provider(endpoint, ledger)
-        lane = self._lanes.get(endpoint.key)
+        place = (endpoint.key, endpoint.batch)
+        lane = self._lanes.get(place)
         if lane is None:
-            lane = self._lanes[endpoint.key] = Lane(provider.width)
+            lane = self._lanes[place] = Lane(provider.width, BATCH_STEP if endpoint.batch else 1)
         lane.widen(provider.width)
         return Party(job, endpoint, provider, lane, price_of(endpoint, datetime.now(UTC).date()), Breaker())
 
     def lanes(self) -> dict[str, Lane]:
         """The lanes of all endpoints that were used, by the endpoint's name."""
-        return {e.name: self._lanes[e.key] for e in self._providers if e.key in self._lanes}
+        return {
+            f"{e.name} (batches)" if e.batch else e.name: self._lanes[e.key, e.batch]
+            for e in self._providers
+            if (e.key, e.batch) in self._lanes
+        }
 
     async def ask(self, party: Party, call: Call, attempts_before: int) -> Outcome:
         """The outcome of a call that was claimed. Never raises for what an endpoint does."""

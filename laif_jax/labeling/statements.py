@@ -5,7 +5,8 @@ interpreter and has to ask for it back; with a row per step this thread and the 
 several times per call.
 """
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from operator import itemgetter
 from typing import Any
@@ -67,6 +68,16 @@ def writes(dialect: str, worker: str) -> dict[str, Write]:
         done |= {name: inserts(statements[name], schema.metadata.tables[name]) for name in BUSY}
         done["states"] = _states()
     return done
+
+
+def having(connection: Connection, column: Any, keys: Sequence[str]) -> Iterator[Any]:
+    """Conditions that together find the rows whose `column` is one of `keys`, which are plain words."""
+    if connection.dialect.name == "sqlite":  # one value, whatever their number
+        found = sa.func.json_each(json.dumps(keys)).table_valued("value")
+        yield column.in_(sa.select(found.c.value))
+        return
+    for start in range(0, len(keys), 500):
+        yield column.in_(keys[start : start + 500])
 
 
 def _executed(statement: Any) -> Write:

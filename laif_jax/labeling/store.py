@@ -23,7 +23,7 @@ from laif_jax.labeling.errors import StoreError
 from laif_jax.labeling.store_read import StoreReader
 from laif_jax.labeling.writer import Done, Operation, Row, Settle, Writer, cause
 
-__all__ = ["Row", "Settle", "Store", "now"]
+__all__ = ["Done", "Row", "Settle", "Store", "now"]
 
 
 def now() -> str:

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from laif_jax.labeling import budget, schema
-from laif_jax.labeling.writer import Row
+from laif_jax.labeling.statements import Row, having
 
 
 class StoreReader:
@@ -28,9 +28,9 @@ class StoreReader:
     def _by_key(self, table: sa.Table, keys: Sequence[str]) -> dict[str, Row]:
         found: dict[str, Row] = {}
         with self.engine.connect() as connection:
-            for start in range(0, len(keys), 500):
-                query = sa.select(table).where(table.c.key.in_(keys[start : start + 500]))
-                found |= {row["key"]: dict(row) for row in connection.execute(query).mappings()}
+            for condition in having(connection, table.c.key, keys):
+                rows = connection.execute(sa.select(table).where(condition)).mappings()
+                found |= {row["key"]: dict(row) for row in rows}
         return found
 
     def left(self) -> dict[str, int]:

@@ -20,6 +20,10 @@ class Result:
     record: str
     part: int = 0
 
+    def at(self, part: int) -> "Result":
+        """The same result at another place."""
+        return Result(self.key, self.kind, self.item, self.status, self.critic_hash, self.record, part)
+
 
 class Work(Protocol):
     """A job's items, by position."""

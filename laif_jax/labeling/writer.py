@@ -9,7 +9,8 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
 
 from laif_jax.labeling import budget, schema
 from laif_jax.labeling.errors import LabelError, StoreError
-from laif_jax.labeling.statements import TABLES, Row, writes
+from laif_jax.labeling.statements import TABLES, Row, having, writes
 
 log = logging.getLogger(__name__)
 GROUP = 4096  # entries of a group at most
@@ -48,31 +49,52 @@ class Settle:
 
 
 Operation = Callable[[Connection], Any]
-Done = Callable[[LabelError | None], None]
-
-
-@dataclass
-class _Group:
-    rows: dict[str, list[Row]]
-    settles: list[Settle] = field(default_factory=list)
-    entries: list["_Entry"] = field(default_factory=list)
+Done = Callable[[LabelError | None, int], None]
 
 
 @dataclass(slots=True)
 class _Entry:
+    """What one caller queued. It hears of the commit by its future or by `done`."""
+
     rows: dict[str, list[Row]]
     settles: list[Settle]
     operation: Operation | None = None
     future: Future[Any] | None = None
     done: Done | None = None
 
-    def end(self, error: LabelError | None, value: Any = None) -> None:
-        if self.done is not None:
-            self.done(error)
-        elif self.future is not None and error is not None:
-            self.future.set_exception(error)
-        elif self.future is not None:
-            self.future.set_result(value)
+
+@dataclass
+class _Group:
+    """What one transaction writes."""
+
+    rows: dict[str, list[Row]] = field(default_factory=lambda: {name: [] for name in TABLES})
+    settles: list[Settle] = field(default_factory=list)
+    count: int = 0
+    posted: Counter[Done] = field(default_factory=Counter)  # how many entries each one is told of
+    awaited: list[tuple[Future[Any], Operation | None]] = field(default_factory=list)
+
+    def add(self, entry: _Entry) -> None:
+        self.count += 1
+        for name, rows in entry.rows.items():
+            self.rows[name] += rows
+        self.settles += entry.settles
+        if entry.done is not None:
+            self.posted[entry.done] += 1
+        elif entry.future is not None:
+            self.awaited.append((entry.future, entry.operation))
+
+    def end(self, ends: Sequence[tuple[LabelError | None, Any]]) -> None:
+        """Tells everybody: `ends` holds an error or a value for each of `awaited`."""
+        for done, count in self.posted.items():
+            done(None, count)
+        for (future, _), (error, value) in zip(self.awaited, ends, strict=True):
+            future.set_result(value) if error is None else future.set_exception(error)
+
+    def fail(self, error: LabelError) -> None:
+        for done, count in self.posted.items():
+            done(error, count)
+        for future, _ in self.awaited:
+            future.set_exception(error)
 
 
 class Writer:
@@ -102,7 +124,8 @@ class Writer:
         return future
 
     def post(self, rows: dict[str, list[Row]], settles: list[Settle], done: Done) -> None:
-        """As `write`, for rows that come by the thousand: `done(error or None)` is called in the writer's thread."""
+        """As `write`, for rows that come by the thousand: `done(error or None, n)` is called in the writer's thread,
+        once for all n that were posted with the same `done` and committed together."""
         self._put(_Entry(rows, settles, done=done))
 
     def do(self, operation: Operation) -> Future[Any]:
@@ -114,7 +137,9 @@ class Writer:
 
     def _put(self, entry: _Entry) -> None:
         if self._closing:
-            entry.end(StoreError("the store is closed"))
+            late = _Group()
+            late.add(entry)
+            late.fail(StoreError("the store is closed"))
         else:
             self._queue.put(entry)
 
@@ -129,25 +154,18 @@ class Writer:
 
     def _run(self) -> None:
         while (first := self._queue.get()) is not None:
-            group, end = _Group({name: [] for name in TABLES}), False
-            self._add(group, first)
+            group, end = _Group(), False
+            group.add(first)
             with contextlib.suppress(queue.Empty):
-                while len(group.entries) < GROUP:
+                while group.count < GROUP:
                     entry = self._queue.get_nowait()
                     if entry is None:
                         end = True
                         break
-                    self._add(group, entry)
+                    group.add(entry)
             self._commit(group)
             if end:
                 return
-
-    @staticmethod
-    def _add(group: _Group, entry: _Entry) -> None:
-        for name, rows in entry.rows.items():
-            group.rows[name] += rows
-        group.settles += entry.settles
-        group.entries.append(entry)
 
     def _commit(self, group: _Group) -> None:
         while True:
@@ -157,7 +175,7 @@ class Writer:
                     for name, rows in group.rows.items():
                         if rows:
                             self._statements[name](connection, rows)
-                    ends = [_operate(connection, entry.operation) for entry in group.entries]
+                    ends = [_operate(connection, operation) for _, operation in group.awaited]
             except OperationalError as error:  # disk full, I/O error, locked, connection lost: can pass
                 self.stalled = (
                     f"cannot write the store {self._where} ({cause(error)}). Free space or mend the disk or database: "
@@ -165,28 +183,22 @@ class Writer:
                 )
                 log.error("%s", self.stalled)
                 if self._closing:
-                    return self._fail(group, StoreError(self.stalled))
+                    return group.fail(StoreError(self.stalled))
                 self._wait.wait(0.5)
             except (DatabaseError, SQLAlchemyError) as error:
                 log.exception("writing the store failed")
-                return self._fail(group, StoreError(f"store {self._where}: {cause(error)}"))
+                return group.fail(StoreError(f"store {self._where}: {cause(error)}"))
             else:
                 self.stalled = ""
                 self.commits += 1
-                for entry, (error, value) in zip(group.entries, ends, strict=True):
-                    entry.end(error, value)
-                return None
-
-    @staticmethod
-    def _fail(group: _Group, error: StoreError) -> None:
-        for entry in group.entries:
-            entry.end(error)
+                return group.end(ends)
 
     def _settle(self, connection: Connection, settles: list[Settle]) -> None:
         """Books calls; a reservation that was given back meanwhile (an expired lease) is booked already."""
         if not settles:
             return
-        ours = self._ours(connection, sorted({settle.key for settle in settles if settle.most}))
+        reserved = sorted({settle.key for settle in settles if settle.most})
+        ours = self._ours(connection, reserved) if reserved else set()
         changes: dict[str, budget.Change] = {}
         ledger = []
         for settle in settles:
@@ -211,9 +223,10 @@ class Writer:
     def _ours(self, connection: Connection, keys: list[str]) -> set[str]:
         c = schema.requests.c
         found: set[str] = set()
-        for start in range(0, len(keys), 500):
-            query = sa.select(c.key).where(c.key.in_(keys[start : start + 500]), c.owner == self._worker)
-            found |= set(connection.execute(query).scalars())
+        for condition in having(connection, c.key, keys):
+            found |= set(
+                connection.execute(sa.select(c.key).where(condition, c.owner == self._worker)).scalars()
+            )
         return found
 
 

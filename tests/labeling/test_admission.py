@@ -63,6 +63,19 @@ def test_the_limit_stays_between_one_and_the_configured_one(events: list[float |
         assert 1 <= admission.limit <= most
 
 
+def test_a_refused_batch_stays_large_and_is_soon_as_large_as_before() -> None:
+    admission = Admission(10_000, step=500)
+    for time in range(1, 50):
+        admission.throttled(time=float(time), started=time - 0.5, retry_after=None)
+    assert admission.limit == 500
+    for _ in range(500):
+        admission.succeeded()
+    assert 850 < admission.limit <= 1000  # one more step after a round
+    narrow = Admission(8, step=500)
+    narrow.throttled(time=1.0, started=0.5, retry_after=None)
+    assert narrow.limit == 8
+
+
 # ---- Retry-After -------------------------------------------------------------------------------------------------
 
 

@@ -10,10 +10,14 @@ import pytest
 import sqlalchemy as sa
 
 from laif_jax.config.schema import EndpointSpec
+from laif_jax.labeling import schema
 from laif_jax.labeling.calls import Call, Endpoint
 from laif_jax.labeling.errors import AuthFailed, BadRequest, CallError, EndpointError, Overloaded
+from laif_jax.labeling.jobs import JobStatus, JudgeJob
 from laif_jax.labeling.providers import BatchProvider, Reply, SqlLedger, make_provider
 from laif_jax.labeling.providers.ledger import batches
+from laif_jax.labeling.runner import Runner
+from laif_jax.labeling.store import Store
 from laif_jax.records import Status
 from tests.labeling.batch_server import APIS, AnthropicBatchApi, OpenAIBatchApi
 from tests.labeling.helpers import judge, planted
@@ -334,3 +338,74 @@ def test_a_job_runs_as_one_batch_and_its_answers_are_stored(tmp_path: Path) -> N
     assert [row.comparison_id for row in first] == [row.comparison_id for row in again]
     assert len(api.batches) == 1
     assert sum(api.asked.values()) == 40
+
+
+def test_what_holds_live_calls_back_does_not_cut_a_batch_up(tmp_path: Path) -> None:
+    """Both go to one model; only the live ones were refused as too many."""
+    api = AnthropicBatchApi()
+    items = planted(60)
+
+    async def life(at: Endpoint, live: Endpoint) -> None:
+        store = Store(tmp_path)
+        runner = Runner(store)
+        lane = runner.scheduler.party("live", live).lane
+        for time in range(1, 20):
+            lane.admission.throttled(float(time), time - 0.5, retry_after=600.0)
+        assert lane.admission.limit == 1
+        job = JudgeJob(endpoint=at, critic="laif_basic", comparisons=tuple(items))
+        assert (await ended(runner, runner.submit(job.work()).id)).counts == {"tie": 60}
+        await runner.close()
+        store.close()
+
+    with serve(api) as server:
+        at = endpoint("anthropic", server, concurrency=2)
+        asyncio.run(life(at, at.model_copy(update={"batch": False})))
+    assert [len(batch["rows"]) for batch in api.batches.values()] == [120]
+
+
+def test_a_batch_that_outlives_its_lease_many_times_stays_with_its_worker(place) -> None:
+    """Another worker on the same store, who would take over calls whose lease has expired, finds the lease renewed."""
+    api = AnthropicBatchApi()
+    api.done = False
+    lease = 1.0
+
+    async def life(at: Endpoint) -> None:
+        one, two = Store(place, lease=lease), Store(place, shared=True, lease=lease)
+        first, second = Runner(one, join=True), Runner(two, join=True)
+        job = JudgeJob(endpoint=at, critic="laif_basic", comparisons=tuple(planted(10)))
+        work = job.work()
+        first.submit(work, job.model_dump_json().encode())
+        async with asyncio.timeout(30):
+            while not (api.polls and second.running):
+                await asyncio.sleep(0.01)
+        waited = asyncio.get_running_loop().time() + 4 * lease
+        while asyncio.get_running_loop().time() < waited:
+            assert one.left() == {"in_flight": 20}
+            with one.engine.connect() as connection:
+                owners = connection.execute(sa.select(schema.requests.c.owner).distinct()).scalars().all()
+            assert owners == [one.worker]
+            await asyncio.sleep(0.1)
+        api.done = True
+        assert (await ended(first, work.id)).counts == {"tie": 10}
+        await second.close()
+        await first.close()
+        with one.engine.connect() as connection:
+            booked = connection.execute(
+                sa.select(schema.usage.c.kind, sa.func.count()).group_by("kind")
+            ).all()
+        assert [tuple(row) for row in booked] == [("answered", 20)]  # none presumed lost
+        two.close()
+        one.close()
+
+    with serve(api) as server:
+        asyncio.run(life(endpoint("anthropic", server)))
+    assert len(api.batches) == 1
+    assert set(api.asked.values()) == {1}
+
+
+async def ended(runner: Runner, job: str) -> JobStatus:
+    async with asyncio.timeout(60):
+        while (status := await runner.status(job)) is None or status.state == "running":
+            await asyncio.sleep(0.02)
+    assert status.state == "done", status.reason
+    return status
