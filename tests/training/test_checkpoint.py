@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import gc
 import logging
+import math
 import os
 import resource
 import shutil
@@ -21,7 +22,8 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from laif_jax.config.schema import OptimizerSpec
-from laif_jax.training.checkpoint import Checkpointer, CheckpointError
+from laif_jax.config.training import BestSpec
+from laif_jax.training.checkpoint import Checkpointer, CheckpointError, Keep
 from laif_jax.training.optim import make_optimizer
 from laif_jax.training.state import TrainState, create_state
 from tests.training import toys
@@ -92,6 +94,37 @@ def test_restores_the_newest_into_the_shardings_of_this_mesh(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, state.params, toys.params(2))
     for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(like)):
         assert x.sharding == y.sharding
+
+
+REWARDS = {1: 0.3, 2: 0.9, 3: 0.1, 4: 0.5, 5: 0.7, 6: None, 7: math.nan, 8: 0.2, 9: 0.4}
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [
+        (Keep(last=2), {8, 9}),
+        (Keep(last=1, every=4), {4, 8, 9}),
+        (Keep(last=1, best=BestSpec(metric="reward")), {2, 9}),
+        (Keep(last=1, best=BestSpec(metric="reward", count=2, mode="min")), {3, 8, 9}),
+        (Keep(last=1, every=5, best=BestSpec(metric="reward", count=2)), {2, 5, 9}),
+    ],
+)
+def test_the_last_every_nth_and_the_best_stay(tmp_path, keep, left):
+    for steps in (range(1, 4), range(4, 10)):  # the second run knows what the first one measured
+        checkpoints = Checkpointer(tmp_path, keep)
+        for step in steps:
+            rows = [{"loss": 1.0}, {"reward": REWARDS[step]}]
+            checkpoints.save(make_state(step, seed=step), {"data": {"next": step}}, rows=rows)
+        checkpoints.close()
+    assert {int(p.name) for p in tmp_path.iterdir()} == left
+    assert_is_step(restore(tmp_path), 9)
+
+
+def test_a_checkpoint_is_ranked_by_the_mean_since_the_one_before():
+    keep = Keep(best=BestSpec(metric="reward"))
+    assert keep.metrics([{"reward": 1.0}, {"loss": 5.0}, {"reward": 2.0}]) == {"reward": 1.5}
+    assert keep.metrics([{"loss": 5.0}]) is None
+    assert Keep().metrics([{"reward": 1.0}]) is None
 
 
 def test_saving_copies_before_the_next_step_may_donate(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from laif_jax.config.schema import OptimizerSpec, TrainSpec
+from laif_jax.config.training import BestSpec
 from laif_jax.training.checkpoint import Checkpointer
 from laif_jax.training.feed import EmptyBatchError
 from laif_jax.training.loop import train
@@ -83,6 +84,13 @@ def test_no_checkpoint_but_the_last_when_saving_is_off(tmp_path):
 def test_only_the_last_checkpoints_stay(tmp_path):
     run(tmp_path, save_every=2, keep=3)
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [8, 10, 12]
+
+
+def test_the_best_checkpoint_by_a_metric_stays(tmp_path):
+    result = run(tmp_path, save_every=2, keep=1, keep_best=BestSpec(metric="learning_rate"))
+    rates = [row["learning_rate"] for row in result.history]
+    best = 2 * (1 + int(np.argmax(np.reshape(rates, (-1, 2)).mean(-1))))
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [best, 12]
 
 
 @pytest.mark.parametrize("crash_at", [2, 4, 7, 11])

@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from laif_jax.parallel.preemption import Preempted, listening
 from laif_jax.records import LaifError
 from laif_jax.training.checkpoint import Checkpointer
 from laif_jax.training.metrics import read_metrics
@@ -102,6 +104,27 @@ def test_a_reward_that_fails_leaves_a_checkpoint_and_the_run_goes_on(learned, tm
     assert Checkpointer(tmp_path / "checkpoints").latest_step() == 2
     result = run_ppo(options, models(options), task(), tmp_path, seed=0, progress=False)
     assert result.resumed_from == 2
+    calm = learned[1].history
+    assert [numbers(r)["loss"] for r in result.history[1:]] == [numbers(r)["loss"] for r in calm[1:]]
+
+
+@pytest.mark.parametrize("call", [1, 4])  # in the evaluation before training; in the third rollout
+def test_a_notice_in_a_rollout_saves_the_iteration_before_and_the_run_goes_on(learned, tmp_path, call):
+    reward, calls = count_of(7), []
+
+    def asked(prompts, completions):
+        calls.append(len(prompts))
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return reward(prompts, completions)
+
+    options = spec(**OPTIONS)
+    done = max(0, call - 2)
+    with pytest.raises(Preempted, match=f"ppo: step {done} was saved"), listening():
+        run_ppo(options, models(options), task(rewards={"sevens": asked}), tmp_path, seed=0, progress=False)
+    assert len(calls) == max(call, 2)
+    result = run_ppo(options, models(options), task(), tmp_path, seed=0, progress=False)
+    assert result.resumed_from == done
     calm = learned[1].history
     assert [numbers(r)["loss"] for r in result.history[1:]] == [numbers(r)["loss"] for r in calm[1:]]
 
