@@ -49,6 +49,8 @@ class ModelSpec(Spec):
         away updates smaller than about 1/500 of a weight: a short preference optimisation can vanish in it.
       remat: what the backward pass recomputes: "none", "full" (whole blocks) or "dots" (all but matrix products).
       logprob_chunk: tokens per chunk of the vocabulary log-probs.
+      router_loss: weight of the load-balancing loss of a mixture of experts; None: the model's own
+        (`router_aux_loss_coef`); 0: none.
     """
 
     source: str = "scratch"
@@ -59,7 +61,13 @@ class ModelSpec(Spec):
     save_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "dots"] = "full"
     logprob_chunk: Positive = 1024
+    router_loss: float | None = Field(default=None, ge=0)
     lora: LoraSpec | None = None
+
+    def resolved(self) -> dict[str, Any]:
+        # An option that is not set is left out: what was made before it existed keeps its key.
+        unset = ["router_loss"] if self.router_loss is None else []
+        return {name: value for name, value in super().resolved().items() if name not in unset}
 
     @model_validator(mode="after")
     def _check(self) -> "ModelSpec":
@@ -137,9 +145,6 @@ class OptimizerSpec(Spec):
         return {key: (choice, " and ".join(names)) for key, names in uses.items() if self.name not in names}
 
 
-class TrainSpec(Spec):
-    """What every training stage shares.
-
 class BestSpec(Spec):
     """Which checkpoints are the best.
 
@@ -153,6 +158,9 @@ class BestSpec(Spec):
     mode: Literal["max", "min"] = "max"
 
 
+class TrainSpec(Spec):
+    """What every training stage shares.
+
     Attributes:
       epochs / steps: give one; an optimiser step is one update.
       batch_size: sequences (SFT) or pairs (preferences) per update, over all devices. With packing, the rows.
@@ -160,11 +168,11 @@ class BestSpec(Spec):
       max_length: tokens of prompt and response; max_prompt_length: of the prompt alone, when truncation is needed.
       save_every: optimiser steps between checkpoints; 0: one at the end alone.
       sample_every: optimiser steps between tables of sampled completions; 0: none.
+      keep: how many of the newest checkpoints stay. keep_every: those whose step is a multiple of it stay as well; 0:
+        none. keep_best: and the best by a metric; None: none. A run resumes from the newest, whatever is kept.
     """
 
     optimizer: OptimizerSpec = OptimizerSpec()
-      keep: how many of the newest checkpoints stay. keep_every: those whose step is a multiple of it stay as well; 0:
-        none. keep_best: and the best by a metric; None: none. A run resumes from the newest, whatever is kept.
     epochs: Positive | None = None
     steps: Positive | None = None
     batch_size: Positive = 8
@@ -176,9 +184,6 @@ class BestSpec(Spec):
     save_every: int = Field(default=200, ge=0)
     sample_every: int = Field(default=0, ge=0)
     keep: Positive = 2
-
-    @model_validator(mode="after")
-    def _check_train(self) -> "TrainSpec":
     keep_every: int = Field(default=0, ge=0)
     keep_best: BestSpec | None = None
 
@@ -186,6 +191,9 @@ class BestSpec(Spec):
         # Options that are not set are left out: what was made before they existed keeps its key.
         unset = [name for name in ("keep_every", "keep_best") if not getattr(self, name)]
         return {name: value for name, value in super().resolved().items() if name not in unset}
+
+    @model_validator(mode="after")
+    def _check_train(self) -> "TrainSpec":
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give one of `epochs` and `steps`")
         if self.micro_batch and self.batch_size % self.micro_batch:

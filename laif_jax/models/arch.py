@@ -6,7 +6,7 @@ from typing import Literal
 from laif_jax.config.schema import LoraSpec
 from laif_jax.records.errors import LaifError
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_neox"]
+Family = Literal["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_neox"]
 Head = Literal["lm", "score", "both"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
@@ -56,6 +56,8 @@ class ModelConfig:
       norm: RMSNorm or LayerNorm. unit_offset: RMSNorm multiplies by 1 + scale (Gemma).
       activation: "silu", "gelu" (erf), "gelu_tanh" or "relu".
       gated_mlp: act(gate(x)) * up(x), else act(up(x)).
+      num_experts: MLPs per layer, of which a router picks `experts_per_token` for each token; 0: one MLP and no router.
+      router_loss: weight of the load-balancing loss in training (`router_aux_loss_coef`); 0: none.
       post_norms: norms after attention and MLP, before the residual sum (Gemma).
       parallel_residual: attention and MLP both read the block's input (GPT-NeoX).
       embed_scale: embeddings are multiplied by sqrt(hidden_size) (Gemma).
@@ -83,6 +85,9 @@ class ModelConfig:
     unit_offset: bool = False
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     gated_mlp: bool = True
+    num_experts: int = 0
+    experts_per_token: int = 0
+    router_loss: float = 0.0
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -119,6 +124,11 @@ class ModelConfig:
         if len(self.windows) != self.num_layers or len(self.rope_index) != self.num_layers:
             raise UnsupportedModelError(
                 f"{len(self.windows)} layer types for num_hidden_layers = {self.num_layers}; give one per layer"
+            )
+        if self.num_experts and not 0 < self.experts_per_token <= self.num_experts:
+            raise UnsupportedModelError(
+                f"num_experts_per_tok = {self.experts_per_token} must be from 1 to num_local_experts = "
+                f"{self.num_experts}"
             )
         for rope in self.ropes:
             if self.rotary_dim(rope) % 2 or self.rotary_dim(rope) == 0:

@@ -29,6 +29,7 @@ __all__ = [
 ARCHITECTURES: dict[Family, str] = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
@@ -85,6 +86,12 @@ DEFAULTS: dict[Family, dict[str, Any]] = {
     | _LLAMA_IDS
     | _SILU
     | {"sliding_window": 4096, "layer_types": None, "num_key_value_heads": 8},
+    "mixtral": _COMMON
+    | _RMS
+    | _LLAMA_IDS
+    | _SILU
+    | {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8, "sliding_window": None}
+    | {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001},
     "qwen2": _COMMON | _RMS | _SILU | _QWEN,
     "qwen3": _COMMON | _RMS | _SILU | _QWEN | {"attention_bias": False, "head_dim": 128},
     "gemma2": _COMMON | _RMS | _GEMMA | {"final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0},
@@ -128,6 +135,8 @@ HARMLESS = frozenset(
 # Fields that a family carries but `transformers` never computes with.
 _IGNORED: dict[Family, frozenset[str]] = {
     "qwen2": frozenset({"attention_bias"}),
+    # The router's jitter is noise in training, as dropout is; whether router scores are returned is no maths.
+    "mixtral": frozenset({"router_jitter_noise", "output_router_logits"}),
     "gemma2": frozenset({"hidden_act", "sliding_window_size"}),
     "gemma3_text": frozenset({"hidden_act"}),
     "gpt_neox": frozenset({"rope_theta", "partial_rotary_factor"}),
@@ -222,7 +231,9 @@ def _layer_types(fields: dict[str, Any], family: Family) -> tuple[str, ...]:
     layers = fields["num_hidden_layers"]
     types = fields.get("layer_types")
     window = fields.get("sliding_window")
-    if family == "mistral":
+    if family == "mixtral":
+        types = ["sliding_attention" if window else "full_attention"] * layers
+    elif family == "mistral":
         kind = "sliding_attention" if window else "full_attention"
         if types is not None and set(types) != {kind}:
             raise UnsupportedModelError(
@@ -333,7 +344,14 @@ def _family_traits(fields: dict[str, Any], family: Family) -> dict[str, Any]:
             "final_softcap": fields["final_logit_softcapping"],
         }
     bias = bool(fields.get("attention_bias"))
-    return {
+    experts = {}
+    if family == "mixtral":
+        experts = {
+            "num_experts": fields["num_local_experts"],
+            "experts_per_token": fields["num_experts_per_tok"],
+            "router_loss": float(fields["router_aux_loss_coef"]),
+        }
+    return experts | {
         "activation": _activation(fields["hidden_act"]),
         "qkv_bias": bias or family == "qwen2",
         "o_bias": bias,
@@ -397,8 +415,14 @@ def to_hf(cfg: ModelConfig) -> dict[str, Any]:
     hf["hidden_act"] = activation
     if family in ("qwen2", "qwen3"):
         hf |= {"use_sliding_window": window is not None, "sliding_window": window, "layer_types": types}
-    if family == "mistral":
+    if family in ("mistral", "mixtral"):
         hf["sliding_window"] = window
+    if family == "mixtral":
+        hf |= {
+            "num_local_experts": cfg.num_experts,
+            "num_experts_per_tok": cfg.experts_per_token,
+            "router_aux_loss_coef": cfg.router_loss,
+        }
     if family in ("llama", "qwen3"):
         hf["attention_bias"] = cfg.qkv_bias
     if family == "llama":

@@ -7,226 +7,25 @@ with an explicit cache. Weights are kept in their own dtype and cast to the comp
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, cast
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from laif_jax.models import moe
 from laif_jax.models.arch import ModelConfig
-from laif_jax.models.attention import Visibility, attention, decode_attention, fused_applies, visibility
-from laif_jax.models.rope import rope_tables, rotate
+from laif_jax.models.attention import Visibility, fused_applies, visibility
+from laif_jax.models.blocks import KV, Block, Layers, Norm, Remat, Shared, initializer, stream
+from laif_jax.models.rope import rope_tables
 from laif_jax.models.sharding import compiler_partitioned, spec_of
 from laif_jax.models.specs import ParamSpec, Specs, block_specs, param_specs
 from laif_jax.parallel.rules import constrain
 
 Array = jax.Array
 Params = Mapping[str, Any]
-Remat = Literal["none", "full", "dots"]
-KV = tuple[Array, Array]
-
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": nn.silu,
-    "gelu": partial(nn.gelu, approximate=False),
-    "gelu_tanh": partial(nn.gelu, approximate=True),
-    "relu": nn.relu,
-}
-
-
-class Shared(NamedTuple):
-    """What all layers of one forward pass read: cosines and sines [ropes, R, T, half], and who sees whom.
-
-    `index` int32 [B] is the position of the new token in decoding, else None.
-    """
-
-    cosines: Array
-    sines: Array
-    vis: Visibility | None
-    index: Array | None
-
-
-def _rows(x: Array) -> Array:
-    """Keeps the residual stream [R, T, D] sharded by rows, whatever the weights' shardings suggest."""
-    return constrain(x, "batch", "length", "embed")
-
-
-# ---- modules -----------------------------------------------------------------------------------------------------
-
-
-def _initializer(spec: ParamSpec) -> Callable[..., Array]:
-    if spec.init == "normal":
-        return nn.initializers.normal(spec.stddev)
-    return nn.initializers.zeros if spec.init == "zeros" else nn.initializers.ones
-
-
-class _Table(nn.Module):
-    """A module whose parameters are rows of the spec table."""
-
-    cfg: ModelConfig
-    specs: Any  # nn.Module attributes are frozen, so the dict of ParamSpecs arrives as a FrozenDict
-    dtype: Any
-
-    def get(self, name: str) -> Array:
-        spec = self.specs[name]
-        return self.param(name, _initializer(spec), spec.shape)
-
-
-class Norm(_Table):
-    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm over the last axis, computed in float32."""
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = x.astype(jnp.float32)
-        scale = self.get("scale").astype(jnp.float32)
-        if self.cfg.norm == "layer":
-            x = x - jnp.mean(x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.cfg.norm_eps)
-        x = x * (1.0 + scale if self.cfg.unit_offset else scale)
-        if self.cfg.norm == "layer":
-            x = x + self.get("bias").astype(jnp.float32)
-        return x.astype(self.dtype)
-
-
-def matmul(x: Array, kernel: Array, contract: int = 1) -> Array:
-    """x [..., in...] times kernel [in..., out...], contracting `contract` axes, as one matrix product.
-
-    The axes are merged first: XLA's CPU backend differentiates a product over several axes two to three times slower
-    than the same product of two matrices.
-    """
-    rows, out = x.shape[: x.ndim - contract], kernel.shape[contract:]
-    width = math.prod(kernel.shape[:contract])
-    flat = x.reshape(-1, width) @ kernel.reshape(width, -1)
-    return flat.reshape(*rows, *out)
-
-
-class Linear(_Table):
-    """y = x W (+ b) (+ (alpha / rank) (x A) B), contracting the last `contract` axes of x."""
-
-    contract: int = 1
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        def dot(left: Array, right: Array, contract: int) -> Array:
-            return matmul(left, right.astype(self.dtype), contract)
-
-        y = dot(x, self.get("kernel"), self.contract)
-        if "lora_a" in self.specs:
-            assert self.cfg.lora is not None
-            low = dot(x, self.get("lora_a"), self.contract)
-            update = dot(low, self.get("lora_b"), 1)
-            y = y + update * (self.cfg.lora.alpha / self.cfg.lora.rank)
-        return y + self.get("bias").astype(self.dtype) if "bias" in self.specs else y
-
-
-def _write(slots: Array, new: Array, index: Array) -> Array:
-    """Writes one token per row: slots [B, K, S, H], new [B, 1, K, H], index int32 [B]."""
-    return slots.at[jnp.arange(slots.shape[0]), :, index].set(new[:, 0].astype(slots.dtype))
-
-
-class Attention(_Table):
-    """Self-attention with rotary positions. Returns the output and the keys and values to keep."""
-
-    @nn.compact
-    def __call__(
-        self, x: Array, window: int | Array, rope: int | Array, shared: Shared, cache: KV | None
-    ) -> tuple[Array, KV]:
-        cfg = self.cfg
-
-        def part(module: type[_Table], name: str, **options: Any) -> _Table:
-            return module(cfg, self.specs[name], self.dtype, name=name, **options)
-
-        q, k, v = (part(Linear, name)(x) for name in ("q", "k", "v"))  # [R, T, N or K, H]
-        if cfg.qk_norm:
-            q, k = part(Norm, "q_norm")(q), part(Norm, "k_norm")(k)
-        cosines, sines = shared.cosines[rope], shared.sines[rope]
-        q, k = rotate(q, cosines, sines), rotate(k, cosines, sines)
-        options: dict[str, Any] = {"window": window, "softcap": cfg.attn_softcap, "scale": cfg.attn_scale}
-        if cache is None:
-            assert shared.vis is not None
-            kept = k, v
-            out = attention(q, k, v, shared.vis, **options)
-        else:
-            assert shared.index is not None
-            kept = _write(cache[0], k, shared.index), _write(cache[1], v, shared.index)
-            out = decode_attention(q, *kept, shared.index, **options)
-        return part(Linear, "o", contract=2)(out), kept
-
-
-class Mlp(_Table):
-    """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        def linear(name: str) -> Linear:
-            return Linear(self.cfg, self.specs[name], self.dtype, name=name)
-
-        act = _ACTIVATIONS[self.cfg.activation]
-        up = linear("up")(x)
-        return linear("down")(act(linear("gate")(x)) * up if self.cfg.gated_mlp else act(up))
-
-
-class Block(_Table):
-    """One layer. `keep`: return keys and values (decoding), else None (training: nothing to stack)."""
-
-    keep: bool = False
-
-    @nn.compact
-    def __call__(
-        self, x: Array, layer: tuple[Any, Any], shared: Shared, cache: KV | None = None
-    ) -> tuple[Array, KV | None]:
-        cfg = self.cfg
-
-        def part(module: type[_Table], name: str) -> Any:
-            return module(cfg, self.specs[name], self.dtype, name=name)
-
-        window, rope = layer
-        if cfg.uniform_window is not None:
-            window = cfg.uniform_window
-        rope = 0 if len(cfg.ropes) == 1 else rope
-        attended, kept = part(Attention, "attn")(part(Norm, "attn_norm")(x), window, rope, shared, cache)
-        if cfg.post_norms:
-            attended = part(Norm, "post_attn_norm")(attended)
-        mlp_norm, mlp = part(Norm, "mlp_norm"), part(Mlp, "mlp")
-        if cfg.parallel_residual:
-            return _rows(x + attended + mlp(mlp_norm(x))), kept if self.keep else None
-        x = x + attended
-        out = mlp(mlp_norm(x))
-        if cfg.post_norms:
-            out = part(Norm, "post_mlp_norm")(out)
-        return _rows(x + out), kept if self.keep else None
-
-
-class Layers(nn.Module):
-    """All blocks: one scan over stacked weights, each layer's window and rope scanned with them."""
-
-    cfg: ModelConfig
-    dtype: Any
-    remat: Remat
-
-    @nn.compact
-    def __call__(self, x: Array, shared: Shared) -> Array:
-        cfg = self.cfg
-        block: Any = Block
-        if self.remat != "none":
-            policy = None
-            if self.remat == "dots":
-                policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            # A scan's body is compiled once: there is no common subexpression to guard against.
-            block = nn.remat(Block, prevent_cse=False, policy=policy)
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
-            length=cfg.num_layers,
-        )
-        per_layer = jnp.asarray(cfg.windows, jnp.int32), jnp.asarray(cfg.rope_index, jnp.int32)
-        x, _ = scanned(cfg, block_specs(cfg), self.dtype, name="layers")(x, per_layer, shared)
-        return x
-
 
 # ---- pure functions ----------------------------------------------------------------------------------------------
 
@@ -248,7 +47,7 @@ def init_tree(
 
     def leaf(key: Array, path: tuple[Any, ...], spec: ParamSpec) -> Array:
         name = "/".join(entry.key for entry in path)
-        return _initializer(spec)(jax.random.fold_in(key, zlib.crc32(name.encode())), spec.shape, dtype)
+        return initializer(spec)(jax.random.fold_in(key, zlib.crc32(name.encode())), spec.shape, dtype)
 
     def make(key: Array) -> dict[str, Any]:
         return jax.tree_util.tree_map_with_path(partial(leaf, key), specs)
@@ -259,7 +58,7 @@ def init_tree(
 def _embed(params: Params, cfg: ModelConfig, tokens: Array, dtype: Any) -> Array:
     # Gathered over its width first, as every other weight is: rows then come out sharded as the tokens are.
     x = constrain(params["embed"]["embedding"], "vocab", None)[tokens].astype(dtype)
-    return _rows(x * jnp.asarray(math.sqrt(cfg.hidden_size), dtype) if cfg.embed_scale else x)
+    return stream(x * jnp.asarray(math.sqrt(cfg.hidden_size), dtype) if cfg.embed_scale else x)
 
 
 def _final_norm(params: Params, cfg: ModelConfig, x: Array, dtype: Any) -> Array:
@@ -293,17 +92,38 @@ def hidden_states(
     Returns:
       [R, T, D] in `dtype`.
     """
+    return hidden_and_load(params, cfg, tokens, positions, segment_ids, dtype=dtype, remat=remat)[0]
 
-    def run(params: Params, tokens: Array, positions: Array, segment_ids: Array) -> Array:
+
+def hidden_and_load(
+    params: Params,
+    cfg: ModelConfig,
+    tokens: Array,
+    positions: Array,
+    segment_ids: Array,
+    *,
+    dtype: Any = jnp.float32,
+    remat: Remat = "none",
+) -> tuple[Array, moe.RouterLoad | None]:
+    """`hidden_states`, and the load of the experts over all layers and real tokens (None without experts), which
+    `moe.balance_loss` reads."""
+
+    def run(
+        params: Params, tokens: Array, positions: Array, segment_ids: Array
+    ) -> tuple[Array, moe.RouterLoad | None]:
         cosines, sines = rope_tables(cfg, positions, segment_ids)
         shared = Shared(cosines, sines, _who_sees_whom(cfg, segment_ids, dtype), None)
         x = _embed(params, cfg, tokens, dtype)
         layers = Layers(cfg, dtype, remat)
-        x = layers.apply({"params": {"layers": params["layers"]}}, x, shared)
-        return _final_norm(params, cfg, x, dtype)  # ty: ignore[invalid-argument-type]
+        out: Any = layers.apply({"params": {"layers": params["layers"]}}, x, shared)
+        load = jax.tree.map(lambda each: each.sum(axis=0), out[1])
+        return _final_norm(params, cfg, out[0], dtype), load
 
-    args = (params, tokens, positions, segment_ids)
-    return compiler_partitioned(run, args, lambda: PartitionSpec(*spec_of(tokens), None))
+    def specs() -> Any:
+        load = moe.RouterLoad(*cast(Any, [PartitionSpec()] * 3)) if cfg.num_experts else None
+        return PartitionSpec(*spec_of(tokens), None), load
+
+    return compiler_partitioned(run, (params, tokens, positions, segment_ids), specs)
 
 
 def logits(params: Params, cfg: ModelConfig, hidden: Array) -> Array:
@@ -369,7 +189,8 @@ def _layer(
     window = cfg.windows[i] if cache is not None else jnp.int32(cfg.windows[i])
     block = Block(cfg, block_specs(cfg), dtype, keep=True)
     inputs = ((window, cfg.rope_index[i]), shared, cache)
-    return block.apply({"params": params["layers"][i]}, x, *inputs)  # ty: ignore[invalid-explicit-return]
+    out: Any = block.apply({"params": params["layers"][i]}, x, *inputs)
+    return out[0], out[1][0]
 
 
 def prefill(

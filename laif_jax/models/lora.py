@@ -75,8 +75,9 @@ def merge_lora(params: Params, cfg: ModelConfig, *, dtype: Any = None) -> dict[s
             return linear
         assert cfg.lora is not None
         a, b = linear.pop("lora_a"), linear.pop("lora_b")
-        # [L, in.., r] x [L, r, out..] -> [L, in.., out..]: axes of A and B meet at the rank.
-        layers, rank = a.shape[0], a.shape[-1]
+        # [L, in.., r] x [L, r, out..] -> [L, in.., out..]: axes of A and B meet at the rank. Experts are as layers.
+        layers = a.shape[0] * (cfg.num_experts if cfg.num_experts and path[-2] == "mlp" else 1)
+        rank = a.shape[-1]
         product = jnp.einsum(
             "lir,lro->lio",
             a.reshape(layers, -1, rank).astype(jnp.float32),

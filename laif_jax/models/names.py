@@ -28,7 +28,8 @@ Slices = tuple[slice, ...]
 Reader = Callable[[str, tuple[int, ...], Slices], np.ndarray]
 
 # ---- the table -------------------------------------------------------------------------------------------------
-# Leaf of the tree (joined by "/"; under "layers/" one tensor per layer) -> tensor name. `{l}` is the layer.
+# Leaf of the tree (joined by "/"; under "layers/" one tensor per layer) -> tensor name. `{l}` is the layer, `{e}` the
+# expert.
 
 _LLAMA = {
     "embed/embedding": "model.embed_tokens.weight",
@@ -83,7 +84,19 @@ _NEOX = {
     "lm_head/kernel": "embed_out.weight",
     "score/kernel": "score.weight",
 }
-_TABLES = {"gemma2": _GEMMA, "gemma3_text": _GEMMA, "gpt_neox": _NEOX}  # the others: _LLAMA
+# One tensor per layer and expert; w1 and w3 read a token, w2 writes it.
+_MIXTRAL = {path: name for path, name in _LLAMA.items() if "/mlp/" not in path} | {
+    "layers/mlp/router/kernel": "model.layers.{l}.block_sparse_moe.gate.weight",
+    "layers/mlp/gate/kernel": "model.layers.{l}.block_sparse_moe.experts.{e}.w1.weight",
+    "layers/mlp/up/kernel": "model.layers.{l}.block_sparse_moe.experts.{e}.w3.weight",
+    "layers/mlp/down/kernel": "model.layers.{l}.block_sparse_moe.experts.{e}.w2.weight",
+}
+_TABLES = {
+    "mixtral": _MIXTRAL,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "gpt_neox": _NEOX,
+}  # the others: _LLAMA
 _FUSED = {"q": 0, "k": 1, "v": 2}  # position in GPT-NeoX's query_key_value, interleaved per head
 
 # Buffers that old checkpoints carry and that are computed, not learned.
@@ -102,17 +115,19 @@ class LeafPlan:
     """How one leaf of the tree is read from, and written to, checkpoint tensors.
 
     Attributes:
-      path: keys of the leaf. shape: of the leaf; a stacked leaf's first axis is the layer.
-      names: the tensors, one per layer if `stacked`, else one. tensor_shape: shape of each in the checkpoint.
-      factored: the tensor's shape split into the leaf's axes, as it lies in memory.
+      path: keys of the leaf. shape: of the leaf.
+      names: the tensors, one per index of the leaf's first `stacked` axes (in order, the last axis fastest).
+      stacked: 1: the first axis is the layer; 2: layer and expert; 0: one tensor is the whole leaf.
+      tensor_shape: shape of each tensor in the checkpoint.
+      factored: the tensor's shape split into the leaf's other axes, as it lies in memory.
       part: (axis, index) of `factored` that holds this leaf in a fused tensor, or None.
-      order: leaf axis (without the layer) -> axis of `factored` with `part` taken.
+      order: leaf axis (without the stacked ones) -> axis of `factored` with `part` taken.
     """
 
     path: Path
     shape: tuple[int, ...]
     names: tuple[str, ...]
-    stacked: bool
+    stacked: int
     tensor_shape: tuple[int, ...]
     factored: tuple[int, ...]
     part: tuple[int, int] | None
@@ -124,18 +139,27 @@ class LeafPlan:
         if not self.stacked:
             block = self._block(reader, self.names[0], bounds)
             return block.astype(dtype or block.dtype)  # a copy: never a view of a mapped file
-        layers, rest = bounds[0], bounds[1:]
+        lead, rest = bounds[: self.stacked], bounds[self.stacked :]
+        names = np.arange(len(self.names)).reshape(self.shape[: self.stacked])[lead]
         out: np.ndarray | None = None
-        for place, name in enumerate(self.names[layers]):
-            block = self._block(reader, name, rest)
+        for place, number in np.ndenumerate(names):
+            block = self._block(reader, self.names[number], rest)
             if out is None:
-                out = np.empty((layers.stop - layers.start, *block.shape), dtype or block.dtype)
+                out = np.empty((*names.shape, *block.shape), dtype or block.dtype)
             elif dtype is None and np.result_type(out, block) != out.dtype:  # layers of unlike dtypes
                 out = out.astype(np.result_type(out, block))
             out[place] = block
         if out is None:
             raise ValueError(f"{'/'.join(self.path)}: an empty range of layers was asked for")
         return out
+
+    def place(self, number: int) -> tuple[int, ...]:
+        """Where tensor `number` of `names` lies in the leaf: (layer,), (layer, expert), or () for the whole leaf."""
+        return (
+            tuple(int(i) for i in np.unravel_index(number, self.shape[: self.stacked]))
+            if self.stacked
+            else ()
+        )
 
     def _block(self, reader: Reader, name: str, index: Slices) -> np.ndarray:
         """One layer's slice in the leaf's axis order."""
@@ -160,9 +184,9 @@ class LeafPlan:
 
 
 def _leaf(path: Path, shape: tuple[int, ...], name: str, fused: bool) -> LeafPlan:
-    """Plan of one leaf; `name` still has its `{l}`."""
-    stacked = path[0] == "layers"
-    own = shape[1:] if stacked else shape
+    """Plan of one leaf; `name` still has its `{l}` and `{e}`."""
+    stacked = ("{l}" in name) + ("{e}" in name)
+    own = shape[stacked:]
     dims = len(own)
     if path[-1] != "kernel":  # embedding, norms, biases: the same order
         factored, order = own, tuple(range(dims))
@@ -178,7 +202,9 @@ def _leaf(path: Path, shape: tuple[int, ...], name: str, fused: bool) -> LeafPla
         part = (1, _FUSED[path[-2]])
         factored = (factored[0], 3, *factored[1:])
         tensor = (3 * tensor[0], *tensor[1:])
-    names = tuple(name.format(l=layer) for layer in range(shape[0])) if stacked else (name,)
+    names = tuple(
+        name.format(l=layer, e=expert) for layer, expert in np.ndindex(*(*shape[:stacked], 1, 1)[:2])
+    )
     return LeafPlan(path, tuple(shape), names, stacked, tensor, factored, part, order)
 
 
@@ -215,11 +241,11 @@ def plans(cfg: ModelConfig) -> dict[Path, LeafPlan]:
 
 
 def tensors(cfg: ModelConfig) -> dict[str, list[tuple[LeafPlan, int]]]:
-    """{tensor name: [(plan of a leaf in it, layer)]}: one entry, or q, k, v of a fused tensor."""
+    """{tensor name: [(plan of a leaf in it, its number in `plan.names`)]}: one entry, or q, k, v of a fused tensor."""
     found: dict[str, list[tuple[LeafPlan, int]]] = {}
     for plan in plans(cfg).values():
-        for layer, name in enumerate(plan.names):
-            found.setdefault(name, []).append((plan, layer))
+        for number, name in enumerate(plan.names):
+            found.setdefault(name, []).append((plan, number))
     return found
 
 
@@ -303,10 +329,11 @@ def from_hf_state(cfg: ModelConfig, state: Mapping[str, np.ndarray], *, dtype: A
 def tensor_value(
     parts: list[tuple[LeafPlan, int]], leaf: Callable[[LeafPlan, int], np.ndarray]
 ) -> np.ndarray:
-    """One checkpoint tensor from its leaves; `leaf(plan, layer)` gives one layer of a leaf (or the whole leaf)."""
+    """One checkpoint tensor from its leaves; `leaf(plan, number)` gives the part of a leaf that lies at
+    `plan.place(number)`."""
     out: np.ndarray | None = None
-    for plan, layer in parts:
-        value = np.asarray(leaf(plan, layer))
+    for plan, number in parts:
+        value = np.asarray(leaf(plan, number))
         if out is None:
             out = np.empty(plan.tensor_shape, value.dtype)
         plan.write(out, value)
@@ -319,8 +346,7 @@ def to_hf_state(cfg: ModelConfig, params: Mapping[str, Any]) -> dict[str, np.nda
     """The Hugging Face state dict of a parameter tree without adapters; the inverse of `from_hf_state`."""
     flat = flatten(params)
 
-    def leaf(plan: LeafPlan, layer: int) -> np.ndarray:
-        value = flat[plan.path]
-        return np.asarray(value[layer] if plan.stacked else value)
+    def leaf(plan: LeafPlan, number: int) -> np.ndarray:
+        return np.asarray(flat[plan.path])[plan.place(number)]
 
     return {name: tensor_value(parts, leaf) for name, parts in tensors(cfg).items()}

@@ -25,10 +25,11 @@ from transformers import PreTrainedTokenizerFast
 from laif_jax.config.rl import RewardSpec
 from laif_jax.models import attention
 from laif_jax.models.arch import Head, ModelConfig, UnsupportedModelError
-from laif_jax.models.decoder import Params, Remat, hidden_states, init_tree
+from laif_jax.models.decoder import Params, Remat, hidden_and_load, init_tree
 from laif_jax.models.heads import segment_scores
 from laif_jax.models.lora import add_lora, merge_lora
 from laif_jax.models.model import Model, load_model, save_model
+from laif_jax.models.moe import RouterLoad
 from laif_jax.models.specs import ParamSpec, Specs, param_specs
 from laif_jax.models.tokenizer import with_pad, with_token
 from laif_jax.models.weights import WeightsError
@@ -94,10 +95,32 @@ def reward_scores(
     Returns:
       float32 [R, S], or [K, R, S] if K > 1; 0 where a row has no such segment.
     """
+    options: dict[str, Any] = {
+        "members": members,
+        "max_segments": max_segments,
+        "dtype": dtype,
+        "remat": remat,
+    }
+    return reward_scores_and_load(params, cfg, tokens, positions, segment_ids, **options)[0]
 
-    def one(params: Params) -> jax.Array:
-        hidden = hidden_states(params, cfg, tokens, positions, segment_ids, dtype=dtype, remat=remat)
-        return segment_scores(params, cfg, hidden, segment_ids, max_segments)
+
+def reward_scores_and_load(
+    params: Params,
+    cfg: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    members: int,
+    max_segments: int,
+    dtype: Any,
+    remat: Remat,
+) -> tuple[jax.Array, RouterLoad | None]:
+    """`reward_scores`, and the load of the experts (with a leading [K] if K > 1), None without experts."""
+
+    def one(params: Params) -> tuple[jax.Array, RouterLoad | None]:
+        hidden, load = hidden_and_load(params, cfg, tokens, positions, segment_ids, dtype=dtype, remat=remat)
+        return segment_scores(params, cfg, hidden, segment_ids, max_segments), load
 
     return for_members(one, params, cfg, members)
 
@@ -108,6 +131,9 @@ def for_members(
     """`run(params)` of each member, vectorised; results are stacked along `axis`. One member: a plain call."""
     if members == 1:
         return run(params)
+    if cfg.num_experts:  # a ragged product is not vectorised over weights that members share
+        each = [run(member(params, cfg, k)) for k in range(members)]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves, axis), *each)
     with attention.not_fused():
         return jax.vmap(run, in_axes=(member_axes(params, cfg),), out_axes=axis)(params)
 

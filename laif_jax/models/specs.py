@@ -37,18 +37,25 @@ def _linear(
     *,
     bias: bool,
     stddev: float,
+    experts: int = 0,
 ) -> Specs:
-    """A linear map from axes `inputs` to axes `outputs`, each (size, logical name), with its adapter if it has one."""
+    """A linear map from axes `inputs` to axes `outputs`, each (size, logical name), with its adapter if it has one.
+    `experts` > 0: that many of them, stacked on the first axis."""
     in_shape, in_axes = zip(*inputs)
     out_shape, out_axes = zip(*outputs)
-    specs: Specs = {"kernel": ParamSpec(in_shape + out_shape, in_axes + out_axes, "normal", stddev)}
+    lead, lead_axes = ((experts,), ("expert",)) if experts else ((), ())
+
+    def weight(shape: tuple[int, ...], axes: tuple[str, ...], init: Init, stddev: float = 0.0) -> ParamSpec:
+        return ParamSpec(lead + shape, lead_axes + axes, init, stddev)
+
+    specs: Specs = {"kernel": weight(in_shape + out_shape, in_axes + out_axes, "normal", stddev)}
     if bias:
         specs["bias"] = ParamSpec(out_shape, out_axes, "zeros")
     if cfg.lora is not None and name in cfg.lora.targets:
         rank = cfg.lora.rank
         fan_in = math.prod(in_shape)
-        specs["lora_a"] = ParamSpec(in_shape + (rank,), in_axes + ("lora",), "normal", fan_in**-0.5)
-        specs["lora_b"] = ParamSpec((rank,) + out_shape, ("lora",) + out_axes, "zeros")
+        specs["lora_a"] = weight(in_shape + (rank,), in_axes + ("lora",), "normal", fan_in**-0.5)
+        specs["lora_b"] = weight((rank,) + out_shape, ("lora",) + out_axes, "zeros")
     return specs
 
 
@@ -61,8 +68,8 @@ def block_specs(cfg: ModelConfig) -> Specs:
     # GPT-2: what writes into the residual stream starts smaller, so that depth does not grow its variance.
     out_std = std / math.sqrt(2 * cfg.num_layers)
 
-    def linear(name, inputs, outputs, bias, stddev=std):
-        return _linear(cfg, name, inputs, outputs, bias=bias, stddev=stddev)
+    def linear(name, inputs, outputs, bias, stddev=std, experts=0):
+        return _linear(cfg, name, inputs, outputs, bias=bias, stddev=stddev, experts=experts)
 
     attn: Specs = {
         "q": linear("q", (embed,), (heads, head_dim), cfg.qkv_bias),
@@ -73,9 +80,15 @@ def block_specs(cfg: ModelConfig) -> Specs:
     if cfg.qk_norm:
         attn["q_norm"] = _norm(cfg, cfg.head_dim, "head_dim")
         attn["k_norm"] = _norm(cfg, cfg.head_dim, "head_dim")
-    ffn: Specs = {"gate": linear("gate", (embed,), (mlp,), cfg.mlp_bias)} if cfg.gated_mlp else {}
-    ffn["up"] = linear("up", (embed,), (mlp,), cfg.mlp_bias)
-    ffn["down"] = linear("down", (mlp,), (embed,), cfg.mlp_bias, out_std)
+    experts = cfg.num_experts
+    ffn: Specs = {}
+    if experts:
+        # No bias and no adapter: an adapter's name is its target's, and none is called router.
+        ffn["router"] = {"kernel": ParamSpec((cfg.hidden_size, experts), ("embed", None), "normal", std)}
+    if cfg.gated_mlp:
+        ffn["gate"] = linear("gate", (embed,), (mlp,), cfg.mlp_bias, experts=experts)
+    ffn["up"] = linear("up", (embed,), (mlp,), cfg.mlp_bias, experts=experts)
+    ffn["down"] = linear("down", (mlp,), (embed,), cfg.mlp_bias, out_std, experts=experts)
     specs: Specs = {
         "attn_norm": _norm(cfg, cfg.hidden_size, "embed"),
         "attn": attn,

@@ -278,9 +278,8 @@ def save_params(
         return want or np.dtype(flat[parts[0][0].path].dtype)
 
     def value(parts: list[tuple[LeafPlan, int]]) -> np.ndarray:
-        def leaf(plan: LeafPlan, layer: int) -> np.ndarray:
-            array = flat[plan.path]
-            return _host(array[layer] if plan.stacked else array)
+        def leaf(plan: LeafPlan, number: int) -> np.ndarray:
+            return _host(flat[plan.path][plan.place(number)])
 
         return names.tensor_value(parts, leaf).astype(dtype_of(parts), copy=False)
 

@@ -195,10 +195,7 @@ def constrain(x: jax.Array, *logical: str | None, mesh: Mesh | AbstractMesh | No
     Raises:
       ShardingError: for a wrong number of logical axes, or an unknown one.
     """
-    if mesh is None:
-        mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty:
-            mesh = jax.typeof(x).sharding.mesh
+    mesh = _mesh_of(x) if mesh is None else mesh
     if mesh.empty:
         return x
     types = dict(zip(mesh.axis_names, mesh.axis_types))
@@ -210,6 +207,18 @@ def constrain(x: jax.Array, *logical: str | None, mesh: Mesh | AbstractMesh | No
     if AxisType.Explicit in types.values():
         return jax.reshard(x, sharding)
     return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def _mesh_of(x: jax.Array) -> Any:
+    """The mesh of the context, or else the one that `x` lives on; it may be empty."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.typeof(x).sharding.mesh if mesh.empty else mesh
+
+
+def mesh_in_force(x: jax.Array) -> AbstractMesh | None:
+    """The mesh that a `shard_map` over `x` can run on; None without one, and inside another `shard_map`."""
+    mesh = _mesh_of(x)
+    return None if mesh.empty or AxisType.Manual in mesh.axis_types else mesh
 
 
 def _without_manual(entry: Any, types: Mapping[str, AxisType]) -> Any:

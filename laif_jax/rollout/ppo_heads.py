@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from laif_jax.models.arch import ModelConfig
-from laif_jax.models.decoder import hidden_states, vocab_logits
+from laif_jax.models.decoder import hidden_and_load, vocab_logits
 from laif_jax.models.heads import TokenStats, token_scores, token_stats
+from laif_jax.models.moe import RouterLoad
 from laif_jax.objectives.kl import full_kl
 from laif_jax.parallel import constrain
 
@@ -23,9 +24,16 @@ def row_hidden(
     params: Any, cfg: ModelConfig, tokens: Array, totals: Array, *, dtype: Any, remat: Any = "none"
 ) -> Array:
     """Hidden states [R, T, D] of right-padded rows; tokens int32 [R, T], totals int32 [R] their lengths."""
+    return row_hidden_and_load(params, cfg, tokens, totals, dtype=dtype, remat=remat)[0]
+
+
+def row_hidden_and_load(
+    params: Any, cfg: ModelConfig, tokens: Array, totals: Array, *, dtype: Any, remat: Any = "none"
+) -> tuple[Array, RouterLoad | None]:
+    """`row_hidden`, and the load of the experts (None without experts)."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     segments = (positions < totals[:, None]).astype(jnp.int32)
-    return hidden_states(params, cfg, tokens, positions, segments, dtype=dtype, remat=remat)
+    return hidden_and_load(params, cfg, tokens, positions, segments, dtype=dtype, remat=remat)
 
 
 def predicting(hidden: Array, lengths: Array, places: int) -> Array:

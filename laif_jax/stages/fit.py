@@ -34,11 +34,18 @@ def load(ctx: Context, folder: epath.Path) -> Model:
     spec = ctx.config.model
     tokenizer = spec.tokenizer if spec.source != "scratch" else None
     dtype = jnp.dtype(spec.dtype) if spec.lora else jnp.float32
-    model = load_model(str(folder), dtype=dtype, mesh=ctx.mesh, tokenizer=tokenizer)
+    model = routed(load_model(str(folder), dtype=dtype, mesh=ctx.mesh, tokenizer=tokenizer), spec.router_loss)
     if spec.lora is None:
         return model
     cfg = dataclasses.replace(model.cfg, lora=spec.lora)
     return Model(cfg, add_lora(model.params, cfg, jax.random.key(ctx.seed)), model.tokenizer)
+
+
+def routed(model: Model, router_loss: float | None) -> Model:
+    """The model with another weight of its load-balancing loss; None leaves it, as does a model without experts."""
+    if router_loss is None or not model.cfg.num_experts:
+        return model
+    return dataclasses.replace(model, cfg=dataclasses.replace(model.cfg, router_loss=router_loss))
 
 
 def batch_options(ctx: Context, spec: TrainSpec, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -208,6 +208,7 @@ class _Trainer:
         else:
             tokenizer = options.tokenizer if options.source != "scratch" else None
             model = load_model(str(self.start), dtype=dtype, mesh=ctx.mesh, tokenizer=tokenizer)
+        model = fit.routed(model, options.router_loss)
         if options.lora is not None:
             model = dataclasses.replace(model, cfg=dataclasses.replace(model.cfg, lora=options.lora))
         key = jax.random.key(ctx.seed)

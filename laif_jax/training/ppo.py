@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from laif_jax.models.arch import ModelConfig
+from laif_jax.models.moe import RouterLoad
 from laif_jax.objectives import LossOut
 from laif_jax.objectives.rl import kl_estimate, rl_loss
 from laif_jax.rollout.placement import row_sharding
@@ -27,10 +28,11 @@ from laif_jax.rollout.ppo_heads import (
     response_kl,
     response_stats,
     response_values,
-    row_hidden,
+    row_hidden_and_load,
 )
 from laif_jax.training.ppo_experience import Experience, UpdateConfig, experience, finite_rows, rollout_side
 from laif_jax.training.state import TrainState, merge
+from laif_jax.training.tasks import with_router_loss
 
 TRACES: Counter[str] = Counter()  # how often the update was traced; tests hold compilation down with it
 Array = jax.Array
@@ -194,7 +196,7 @@ class _Learner:
         rollout = jax.tree.map(pick, without_scores(self.rollout))
         found = jax.tree.map(pick, self.found)
         mask = found.mask * (rows >= 0)[:, None]
-        states = self.states(params["policy"], config.policy, rollout)
+        states, load = self.states(params["policy"], config.policy, rollout)
         stats = response_stats(
             params["policy"],
             config.policy,
@@ -204,11 +206,11 @@ class _Learner:
             temperature=hyper["temperature"],
             chunk=config.chunk,
         )
-        values = None
+        values = value_load = None
         if config.shared:
             values = response_values(params["policy"], config.policy, states, mask)
         elif config.value is not None:
-            own = self.states(params["value"], config.value, rollout)
+            own, value_load = self.states(params["value"], config.value, rollout)
             values = response_values(params["value"], config.value, own, mask)
         out = rl_loss(
             config.algorithm,
@@ -224,12 +226,15 @@ class _Learner:
             old_values=None if values is None else rollout.values,
             returns=None if values is None else found.returns,
         )
+        out = with_router_loss(out, load, config.policy)
+        if config.value is not None:
+            out = with_router_loss(out, value_load, config.value, "val/router_loss")
         finite = jnp.isfinite(stats.logps).all(axis=1) & jnp.isfinite(found.advantages).all(axis=1)
         return out, finite if values is None else finite & jnp.isfinite(values).all(axis=1)
 
-    def states(self, params: Any, cfg: ModelConfig, rollout: Rollout) -> Array:
-        """Hidden states [R, N, D] before each response token."""
-        hidden = row_hidden(
+    def states(self, params: Any, cfg: ModelConfig, rollout: Rollout) -> tuple[Array, RouterLoad | None]:
+        """Hidden states [R, N, D] before each response token, and the load of the experts if there are some."""
+        hidden, load = row_hidden_and_load(
             params,
             cfg,
             rollout.tokens,
@@ -237,7 +242,7 @@ class _Learner:
             dtype=jnp.dtype(self.config.dtype),
             remat=self.config.remat,
         )
-        return predicting(hidden, rollout.lengths, rollout.responses.shape[1])
+        return predicting(hidden, rollout.lengths, rollout.responses.shape[1]), load
 
     def kl_term(
         self, policy: Any, states: Array, logps: Array, rollout: Rollout, mask: Array

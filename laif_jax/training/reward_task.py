@@ -10,11 +10,12 @@ import numpy as np
 
 from laif_jax.config.rl import RewardSpec
 from laif_jax.models.config import ModelConfig
-from laif_jax.models.reward import reward_scores
+from laif_jax.models.moe import RouterLoad
+from laif_jax.models.reward import reward_scores_and_load
 from laif_jax.objectives import LossOut
 from laif_jax.objectives.reward import reward_loss
 from laif_jax.parallel import constrain
-from laif_jax.training.tasks import Remat
+from laif_jax.training.tasks import Remat, with_router_loss
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,12 @@ class RewardTask:
 
     def pair_scores(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Scores (chosen, rejected) of each pair, float32 [N], or [K, N] of an ensemble."""
-        scores = reward_scores(
+        return self._pairs(params, batch)[0]
+
+    def _pairs(
+        self, params: Any, batch: Mapping[str, jax.Array]
+    ) -> tuple[tuple[jax.Array, jax.Array], RouterLoad | None]:
+        scores, load = reward_scores_and_load(
             params,
             self.cfg,
             batch["tokens"],
@@ -53,7 +59,7 @@ class RewardTask:
         # [.., R, S] -> [.., R * S], on every device: the pairs of a table may lie on any row.
         flat = constrain(scores, *[None] * scores.ndim).reshape(*scores.shape[:-2], -1)
         chosen, rejected = constrain(batch["chosen"], None), constrain(batch["rejected"], None)
-        return flat[..., chosen], flat[..., rejected]
+        return (flat[..., chosen], flat[..., rejected]), load
 
     def __call__(
         self, params: Any, batch: Mapping[str, jax.Array], hyper: Mapping[str, jax.Array]
@@ -64,19 +70,24 @@ class RewardTask:
           batch: rows [R, T] and pair tables [N] as of `preference_batches` (reference log-probs are not read), and
             optionally its columns `margin` [N], and `member_weight` [N, K], factors of `weight`.
         """
-        chosen, rejected = self.pair_scores(params, batch)
+        (chosen, rejected), load = self._pairs(params, batch)
         p, weight = constrain(batch["p_chosen"], None), constrain(batch["weight"], None)
         hard = jnp.where(p == 0.5, 0.5, (p > 0.5).astype(jnp.float32))
         p = jnp.where(hyper.get("soft_labels", 1.0) > 0, p, hard)
         margin = constrain(batch["margin"], None) if "margin" in batch else None
         outputs = {"chosen": chosen, "rejected": rejected}
         if self.members == 1:
-            return reward_loss(self.loss, chosen, rejected, p, weight, margin, hyper), outputs
+            out = reward_loss(self.loss, chosen, rejected, p, weight, margin, hyper)
+            return with_router_loss(out, load, self.cfg), outputs
         weights = jnp.broadcast_to(weight, chosen.shape)
         if "member_weight" in batch:
             weights *= constrain(batch["member_weight"], None, None).T
-        one = lambda c, r, w: reward_loss(self.loss, c, r, p, w, margin, hyper)  # noqa: E731
-        return jax.vmap(one)(chosen, rejected, weights), outputs
+
+        def one(chosen: Any, rejected: Any, weight: Any, load: Any) -> LossOut:
+            out = reward_loss(self.loss, chosen, rejected, p, weight, margin, hyper)
+            return with_router_loss(out, load, self.cfg)
+
+        return jax.vmap(one)(chosen, rejected, weights, load), outputs
 
 
 def reward_task(

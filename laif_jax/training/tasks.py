@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from laif_jax.config.schema import DpoSpec, SftSpec
 from laif_jax.models.config import ModelConfig
-from laif_jax.models.decoder import hidden_states
+from laif_jax.models.decoder import hidden_and_load
 from laif_jax.models.heads import token_logps, token_stats
+from laif_jax.models.moe import RouterLoad, balance_loss
 from laif_jax.objectives import LossOut, preference_loss, segment_sums, sft_loss
 from laif_jax.parallel import constrain
 from laif_jax.records.errors import LaifError
@@ -22,6 +23,21 @@ Reduction = Literal["token", "sequence"]
 
 class FirstStepError(LaifError, RuntimeError):
     """The policy does not equal its reference before the first update: the wrong weights, pairs or reference."""
+
+
+def with_router_loss(
+    out: LossOut, load: RouterLoad | None, cfg: ModelConfig, name: str = "router_loss"
+) -> LossOut:
+    """The loss with the load-balancing loss of a mixture of experts, `cfg.router_loss` times, as metric `name`.
+
+    The latter is of the tokens of one micro-batch over all devices. So it is the same on every mesh, but, being a
+    product of means, not quite the same for every `micro_batch` (as in `transformers` with accumulated gradients).
+    """
+    if load is None or not cfg.router_loss:
+        return out
+    loss = balance_loss(load)
+    metrics = out.metrics | {name: (jax.lax.stop_gradient(loss) * out.weight, out.weight)}
+    return LossOut(out.total + cfg.router_loss * loss * out.weight, out.weight, metrics)
 
 
 @dataclass(frozen=True)
@@ -47,7 +63,7 @@ class SftTask:
         """Sums over one micro-batch {tokens, segment_ids, positions, loss_mask: [R, T]}."""
         del hyper
         tokens, segments = batch["tokens"], batch["segment_ids"]
-        hidden = hidden_states(
+        hidden, load = hidden_and_load(
             params,
             self.cfg,
             tokens,
@@ -57,9 +73,10 @@ class SftTask:
             remat=self.remat,
         )
         logps, entropy, correct = token_stats(params, self.cfg, hidden, tokens, segments, chunk=self.chunk)
-        return sft_loss(
+        out = sft_loss(
             logps, batch["loss_mask"], segments, reduction=self.reduction, entropy=entropy, correct=correct
         )
+        return with_router_loss(out, load, self.cfg)
 
 
 @dataclass(frozen=True)
@@ -82,8 +99,13 @@ class PreferenceTask:
 
     def sequence_logps(self, params: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, ...]:
         """Log-probs and counts of the supervised tokens of each pair: (chosen, rejected, |chosen|, |rejected|), [N]."""
+        return self._sequences(params, batch)[0]
+
+    def _sequences(
+        self, params: Any, batch: Mapping[str, jax.Array]
+    ) -> tuple[tuple[jax.Array, ...], RouterLoad | None]:
         tokens, segments, mask = batch["tokens"], batch["segment_ids"], batch["loss_mask"]
-        hidden = hidden_states(
+        hidden, load = hidden_and_load(
             params,
             self.cfg,
             tokens,
@@ -100,13 +122,13 @@ class PreferenceTask:
 
         sums, counts = flat(logps), flat(jnp.ones_like(mask))
         chosen, rejected = constrain(batch["chosen"], None), constrain(batch["rejected"], None)
-        return sums[chosen], sums[rejected], counts[chosen], counts[rejected]
+        return (sums[chosen], sums[rejected], counts[chosen], counts[rejected]), load
 
     def __call__(
         self, params: Any, batch: Mapping[str, jax.Array], hyper: Mapping[str, jax.Array]
     ) -> tuple[LossOut, dict[str, jax.Array]]:
         """Sums over one micro-batch of rows [R, T] and pair tables [N], and the policy's log-probs of each pair."""
-        chosen, rejected, chosen_tokens, rejected_tokens = self.sequence_logps(params, batch)
+        (chosen, rejected, chosen_tokens, rejected_tokens), load = self._sequences(params, batch)
         table = {
             name: constrain(batch[name], None)
             for name in ("ref_chosen", "ref_rejected", "p_chosen", "weight")
@@ -125,7 +147,7 @@ class PreferenceTask:
             table["weight"],
             hyper,
         )
-        return out, {"policy_chosen": chosen, "policy_rejected": rejected}
+        return with_router_loss(out, load, self.cfg), {"policy_chosen": chosen, "policy_rejected": rejected}
 
     @property
     def has_reference(self) -> bool:

@@ -25,6 +25,27 @@ def draw(name: str, shape: tuple[int, ...], unit_offset: bool) -> np.ndarray:
     return values.astype(np.float32)
 
 
+def stored(family: str, name: str, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """{name in a file: shape} of a tensor of `transformers` 5 in memory, where GPT-NeoX's head has another name and the
+    weights of a mixture's experts are fused."""
+    if family == "gpt_neox":
+        return {name.replace("lm_head", "embed_out"): shape}
+    if family != "mixtral" or ".mlp." not in name:
+        return {name: shape}
+    block = name.split(".mlp.")[0] + ".block_sparse_moe."
+    if name.endswith("gate.weight"):
+        return {block + "gate.weight": shape}
+    experts, rows, columns = shape
+    parts, rows = (("w1", "w3"), rows // 2) if "gate_up" in name else (("w2",), rows)
+    return {f"{block}experts.{e}.{part}.weight": (rows, columns) for e in range(experts) for part in parts}
+
+
+def drawn(family: str, name: str, shape: tuple[int, ...], unit_offset: bool) -> np.ndarray:
+    """The tensor in memory, from the tensors of a file."""
+    parts = [draw(kept, size, unit_offset) for kept, size in stored(family, name, shape).items()]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts).reshape(shape)
+
+
 def draw_tokens(lengths: tuple[int, ...], vocab_size: int) -> list[np.ndarray]:
     """Random token ids, one int32 row per length."""
     random = np.random.RandomState(7)

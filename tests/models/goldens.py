@@ -43,6 +43,12 @@ def golden_steps(name: str) -> np.ndarray:
         return arrays[f"{name}/steps"]
 
 
+def golden_router_loss(name: str) -> float:
+    """What `transformers` computes for the padded rows."""
+    with np.load(FOLDER / "logits.npz") as arrays:
+        return float(arrays[f"{name}/router_loss"])
+
+
 def rows(cfg: ModelConfig, pad: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The golden rows right-padded with `pad`: tokens, positions, segment_ids, int32 [rows, longest]."""
     tokens = np.full((len(LENGTHS), max(LENGTHS)), pad, np.int32)

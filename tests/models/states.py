@@ -11,13 +11,14 @@ from laif_jax.models.config import ARCHITECTURES, from_hf
 FAMILIES: tuple[Family, ...] = (
     "llama",
     "mistral",
+    "mixtral",
     "qwen2",
     "qwen3",
     "gemma2",
     "gemma3_text",
     "gpt_neox",
 )
-D, F, V, N, K, H = 12, 20, 22, 4, 2, 6
+D, F, V, N, K, H, E = 12, 20, 22, 4, 2, 6, 3
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -25,6 +26,7 @@ _FIELDS = {
     "qwen3": {"head_dim": H},
     "llama": {"head_dim": H},
     "mistral": {"head_dim": H, "sliding_window": 8},
+    "mixtral": {"head_dim": H, "num_local_experts": E},
     # Heads of size hidden_size / num_attention_heads.
     "qwen2": {"num_attention_heads": 2, "num_key_value_heads": 1},
     "gemma2": {"head_dim": H, "sliding_window": 8, "query_pre_attn_scalar": 6},
@@ -75,6 +77,13 @@ def shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
         out[f"{block}self_attn.o_proj.weight"] = (D, cfg.num_heads * H)
         if cfg.family in ("qwen3", "gemma3_text"):
             out |= {f"{block}self_attn.{name}_norm.weight": (H,) for name in "qk"}
+        if cfg.family == "mixtral":
+            mixture = f"{block}block_sparse_moe."
+            out[f"{mixture}gate.weight"] = (E, D)
+            for expert in range(E):
+                parts = {"w1": (F, D), "w2": (D, F), "w3": (F, D)}
+                out |= {f"{mixture}experts.{expert}.{name}.weight": shape for name, shape in parts.items()}
+            continue
         out |= {f"{block}mlp.{name}_proj.weight": (F, D) for name in ("gate", "up")}
         out[f"{block}mlp.down_proj.weight"] = (D, F)
     out["model.norm.weight"] = (D,)

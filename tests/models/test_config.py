@@ -39,7 +39,7 @@ def test_what_is_written_reads_back_and_transformers_reads_the_same(name):
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("llama1", {"model_type": "mixtral"}, "model_type 'mixtral'"),
+        ("llama1", {"model_type": "mamba"}, "model_type 'mamba'"),
         ("llama1", {"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ("llama1", {"num_experts": 8}, "num_experts: 8"),
         ("llama1", {"quantization_config": {"bits": 4}}, "quantization_config"),

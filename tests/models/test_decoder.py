@@ -28,6 +28,7 @@ DECODED = (
     "llama_yarn_mscale",
     "smollm2",
     "mistral",
+    "mixtral_of_six",
     "qwen2_sliding",
     "qwen3_yarn_bias",
     "gemma2",

@@ -26,7 +26,7 @@ def run(params, cfg):
     return np.asarray(forward(params, cfg, *rows(cfg)))[rows(cfg)[2] > 0]
 
 
-@pytest.mark.parametrize("name", ["llama_biases", "pythia"])
+@pytest.mark.parametrize("name", ["llama_biases", "mixtral", "pythia"])
 def test_new_adapters_change_nothing_and_merged_ones_compute_the_same(name):
     cfg, params, lora_cfg, lora = adapted(name)
     np.testing.assert_array_equal(run(lora, lora_cfg), run(params, cfg))

@@ -29,7 +29,7 @@ def test_tree_has_the_layout_of_the_specs(family):
     assert {path: leaf.shape for path, leaf in params.items()} == {p: s.shape for p, s in specs.items()}
 
 
-@pytest.mark.parametrize("family", [f for f in states.FAMILIES if f != "gpt_neox"])
+@pytest.mark.parametrize("family", [f for f in states.FAMILIES if f not in ("gpt_neox", "mixtral")])
 def test_leaves_compute_what_the_tensors_compute(family):
     """A tensor applies as y = W x (torch); the leaves apply by named axes."""
     cfg = states.tiny_config(family)
@@ -50,6 +50,23 @@ def test_leaves_compute_what_the_tensors_compute(family):
     np.testing.assert_allclose(x @ params["mlp"]["up"]["kernel"][1], want, rtol=1e-5, atol=1e-5)
     second = "pre_feedforward_layernorm" if cfg.post_norms else "post_attention_layernorm"
     np.testing.assert_array_equal(params["mlp_norm"]["scale"][1], state[f"{layer1}{second}.weight"])
+
+
+def test_leaves_of_experts_compute_what_their_tensors_compute():
+    cfg = states.tiny_config("mixtral")
+    state = states.random_state(cfg)
+    mlp = names.from_hf_state(cfg, state)["layers"]["mlp"]
+    x, y = (np.random.default_rng(1).normal(size=n).astype(np.float32) for n in (D, states.F))
+    np.testing.assert_allclose(
+        x @ mlp["router"]["kernel"][1],
+        state["model.layers.1.block_sparse_moe.gate.weight"] @ x,
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    for expert in range(states.E):
+        for leaf, tensor, vector in (("gate", "w1", x), ("up", "w3", x), ("down", "w2", y)):
+            want = state[f"model.layers.1.block_sparse_moe.experts.{expert}.{tensor}.weight"] @ vector
+            np.testing.assert_allclose(vector @ mlp[leaf]["kernel"][1, expert], want, rtol=1e-5, atol=1e-5)
 
 
 def test_neox_fused_projection_is_split_per_head():

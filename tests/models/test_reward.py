@@ -41,7 +41,7 @@ from tests.models.golden_state import draw
 from tests.models.goldens import CASES, FOLDER, LENGTHS, packed, quick_jit, rows
 
 GOLDEN = json.loads((FOLDER / "rewards.json").read_text())
-FAMILIES = ("smollm2", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "pythia")
+FAMILIES = ("smollm2", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3", "pythia")
 HEADS = ("lm_head.weight", "embed_out.weight")
 SIZES = ScratchSpec(
     hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, num_kv_heads=1, max_position=64

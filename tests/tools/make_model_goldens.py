@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.models.golden_state import draw, draw_tokens  # noqa: E402
+from tests.models.golden_state import draw_tokens, drawn, stored  # noqa: E402
 
 OUT = ROOT / "tests" / "models" / "goldens"
 VOCAB = 99
@@ -56,6 +56,10 @@ def _scaled(kind, max_position=64, **values):
 
 def _other(name, architecture, **changes):
     return _LLAMA | {"model_type": name, "architectures": [architecture]} | changes
+
+
+def _mixtral(**changes):
+    return _other("mixtral", "MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=2) | changes
 
 
 def _neox(**changes):
@@ -117,6 +121,16 @@ CASES = {
     ),
     "mistral": _other("mistral", "MistralForCausalLM", sliding_window=6),
     "mistral_full": _other("mistral", "MistralForCausalLM", sliding_window=None, head_dim=12),
+    "mixtral": _mixtral(),
+    "mixtral_of_six": _mixtral(
+        num_local_experts=6,
+        num_experts_per_tok=3,
+        sliding_window=6,
+        head_dim=12,
+        rope_theta=1000000.0,
+        router_aux_loss_coef=0.02,
+        tie_word_embeddings=True,
+    ),
     "qwen2": _other(
         "qwen2", "Qwen2ForCausalLM", use_sliding_window=False, sliding_window=6, max_window_layers=1
     ),
@@ -202,24 +216,32 @@ def _step_by_step(model, row, prompt):
     return np.stack(out)
 
 
+def _router_loss(model, rows, mask):
+    with torch.no_grad():
+        out = model(
+            input_ids=torch.tensor(rows.tolist()),
+            attention_mask=torch.tensor(mask.tolist()),
+            output_router_logits=True,
+        )
+    return out.aux_loss.numpy()
+
+
 def make(fields):
-    """Runs one case. Returns what the JSON keeps, logits float32 [sum of lengths, vocab] row after row, and, for
-    dynamic rope, those of the first row when generated token by token."""
+    """Runs one case. Returns what the JSON keeps, logits float32 [sum of lengths, vocab] row after row, and further
+    arrays by name: for dynamic rope, the logits of the first row when generated token by token; for a mixture of
+    experts, the load-balancing loss of the padded batch."""
     arguments = {key: value for key, value in fields.items() if key not in ("model_type", "architectures")}
     config = AutoConfig.for_model(fields["model_type"], **arguments)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
     gemma = fields["model_type"].startswith("gemma")
     state = model.state_dict()
-    # In memory transformers 5 renames GPT-NeoX's head; files keep the old name.
-    stored = {
-        name: name.replace("lm_head", "embed_out") if "neox" in str(state.keys()) else name for name in state
-    }
-    drawn = {
-        name: torch.tensor(draw(stored[name], tuple(value.shape), gemma)) for name, value in state.items()
+    family = fields["model_type"]
+    weights = {
+        name: torch.tensor(drawn(family, name, tuple(value.shape), gemma)) for name, value in state.items()
     }
     if config.tie_word_embeddings:
-        drawn["lm_head.weight"] = drawn["model.embed_tokens.weight"]
-    model.load_state_dict(drawn)
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    model.load_state_dict(weights)
     tokens = draw_tokens(LENGTHS, VOCAB)
     # Shortest first: a model with dynamic rope keeps the frequencies of the longest row that it has seen.
     alone = {
@@ -238,22 +260,25 @@ def make(fields):
     dynamic = "dynamic" in str(fields.get("rope_scaling"))
     # The shortest row brings the frequencies back to the unscaled ones.
     _logits(model, tokens[-1][None].tolist(), np.ones((1, len(tokens[-1]))))
-    steps = _step_by_step(model, tokens[0], PROMPT) if dynamic else None
+    extra = {"steps": _step_by_step(model, tokens[0], PROMPT)} if dynamic else {}
+    if family == "mixtral":
+        extra["router_loss"] = _router_loss(model, padded, mask)
     saved = json.loads(config.to_json_string())
     saved["architectures"] = fields["architectures"]
-    shapes = {stored[name]: list(value.shape) for name, value in state.items()}
+    shapes = {}
+    for name, value in state.items():
+        shapes |= {kept: list(shape) for kept, shape in stored(family, name, tuple(value.shape)).items()}
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight")
-    return {"config": fields, "saved_config": saved, "shapes": shapes}, np.concatenate(alone), steps
+    return {"config": fields, "saved_config": saved, "shapes": shapes}, np.concatenate(alone), extra
 
 
 def main():
     OUT.mkdir(exist_ok=True)
     cases, arrays = {}, {}
     for name, fields in CASES.items():
-        cases[name], arrays[name], steps = make(fields)
-        if steps is not None:
-            arrays[f"{name}/steps"] = steps
+        cases[name], arrays[name], extra = make(fields)
+        arrays |= {f"{name}/{kind}": value for kind, value in extra.items()}
         print(f"{name}: max |logit| {np.abs(arrays[name]).max():.2f}, std {arrays[name].std():.2f}")
     text = ",\n".join(f"{json.dumps(name)}: {json.dumps(case)}" for name, case in cases.items())
     (OUT / "cases.json").write_text(

@@ -22,13 +22,13 @@ from trl import RewardTrainer
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.models.golden_state import draw, draw_tokens  # noqa: E402
+from tests.models.golden_state import draw_tokens, drawn, stored  # noqa: E402
 
 GOLDENS = ROOT / "tests" / "models" / "goldens"
 CASES = json.loads((GOLDENS / "cases.json").read_text())
 PAD = 98  # no golden row ends with it
 # Configurations that `transformers` itself saves of its classifiers are kept of these, to be read by ours.
-SAVED = ("smollm2", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "pythia")
+SAVED = ("smollm2", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3", "pythia")
 
 
 def score(case):
@@ -42,9 +42,11 @@ def score(case):
     gemma = fields["model_type"].startswith("gemma")
     state = model.state_dict()
     heads = {"lm_head.weight", "embed_out.weight"}
-    assert set(state) - {"score.weight"} == set(case["shapes"]) - heads, set(state) ^ set(case["shapes"])
+    family, shapes = fields["model_type"], {name: tuple(value.shape) for name, value in state.items()}
+    kept = {name for in_memory, shape in shapes.items() for name in stored(family, in_memory, shape)}
+    assert kept - {"score.weight"} == set(case["shapes"]) - heads, kept ^ set(case["shapes"])
     model.load_state_dict(
-        {name: torch.tensor(draw(name, tuple(value.shape), gemma)) for name, value in state.items()}
+        {name: torch.tensor(drawn(family, name, shape, gemma)) for name, shape in shapes.items()}
     )
     rows = draw_tokens(tuple(CASES["lengths"]), fields["vocab_size"])
     alone = {}
