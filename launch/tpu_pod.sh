@@ -5,6 +5,7 @@ set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 RESUME=75 # EX_TEMPFAIL: the run saved its state and wants to be started again
+KILLS=10  # how often `run --watch` starts again after workers were killed
 KEYS="PROJECT ZONE NAME TYPE RUNTIME SLICES CAPACITY SERVICE_ACCOUNT NETWORK SUBNETWORK INTERNAL_IPS LABELS VALID_FOR RUN SECRETS"
 
 usage() {
@@ -47,7 +48,7 @@ options
   --slice I, --worker I, --lines 200, --follow, --grace 120, --yes
 
 exit codes: 0 done; 2 a mistake in what was asked; 69 the pod cannot be had or reached; else that of COMMAND. A COMMAND that
-ends with 75 has saved its state and wants to be started again, which `run --watch` does.
+ends with 75 has saved its state and wants to be started again, which `run --watch` does; also after a worker was killed.
 TEXT
 }
 
@@ -386,7 +387,7 @@ verb_delete() {
 
 # ---- run --watch -------------------------------------------------------------------------------------------------
 
-# One word for the run on all workers: never, running, done, resume, failed, mixed, unreachable; and a code for failed.
+# One word for the run on all workers: never, running, done, resume, mixed, unreachable, or failed or killed and a code.
 run_state() {
   local out node count expected=0 lines
   if [[ -n $DRY ]]; then
@@ -411,15 +412,19 @@ summary() { # OUTPUT EXPECTED
   running=$(grep -c '^state=running' <<<"$1" || true)
   finished=$(grep -c '^state=finished .*exit=0$' <<<"$1" || true)
   saved=$(grep -c "^state=lost\|^state=finished .*exit=$RESUME\$" <<<"$1" || true)
-  bad=$(sed -n 's/^state=finished .*exit=\([0-9]*\)$/\1/p' <<<"$1" | grep -vx "0\|$RESUME" | head -n 1 || true)
+  # A worker that ended with an error takes the others along, with 75; it alone says what happened. Of a worker that was
+  # killed (128 and more) the cause is outside of the run: memory, or the machine.
+  bad=$(sed -n 's/^state=finished .*exit=\([0-9]*\)$/\1/p' <<<"$1" | grep -vx "0\|$RESUME" | sort -n | head -n 1 || true)
   if ((never == all)); then
     echo never
   elif ((running == all)); then
     echo running
   elif ((running > 0)); then
     echo mixed # some have ended: the others soon will, by themselves, or must be stopped
-  elif [[ -n $bad ]]; then
+  elif [[ -n $bad ]] && ((bad < 128)); then
     echo "failed $bad"
+  elif [[ -n $bad ]]; then
+    echo "killed $bad"
   elif ((finished == all)); then
     echo "done"
   elif ((saved > 0 || never > 0)); then
@@ -496,7 +501,7 @@ launch_it() { # COMMAND...: installs what is missing and starts; what fails is t
 }
 
 watch_run() { # COMMAND...
-  local state mixed=0 failures=0 silent=0
+  local state mixed=0 failures=0 killed=0 silent=0
   need TYPE
   [[ -n $DRY ]] || lock
   INSTALLED="" RECREATED=0 BROKEN=0
@@ -530,6 +535,12 @@ watch_run() { # COMMAND...
         ;;
       never | resume)
         say "starting \`$RUN\` again; it goes on from its last checkpoint"
+        launch_it "$@"
+        ;;
+      killed*)
+        killed=$((killed + 1))
+        ((killed <= KILLS)) || { say "workers were killed $killed times, the last with exit code ${state#killed }" && return "${state#killed }"; }
+        say "a worker was killed (exit code ${state#killed }); starting \`$RUN\` again"
         launch_it "$@"
         ;;
       failed*)

@@ -324,6 +324,22 @@ def test_watch_tries_a_failure_again_as_often_as_allowed(cloud):
     assert (cloud.cloud / "bucket" / "tries.0").read_text() == "x\nx\nx\n"
 
 
+def test_watch_starts_again_after_a_worker_was_killed(cloud):
+    text = """
+    if [ -f $BUCKET/again.$JAX_PROCESS_ID ]; then exit 0; fi
+    touch $BUCKET/again.$JAX_PROCESS_ID
+    if [ $JAX_PROCESS_ID = 0 ]; then kill -KILL $$; fi
+    exit 75  # the others have lost it
+    """
+    err = cloud.run("run", "--watch", *POLL, "--", *script(cloud, text)).stderr
+    assert "a worker was killed (exit code 137)" in err
+
+
+def test_watch_takes_the_error_of_one_worker_for_the_runs(cloud):
+    text = "if [ $JAX_PROCESS_ID = 1 ]; then exit 2; fi; exit 75"
+    cloud.run("run", "--watch", *POLL, "--", *script(cloud, text), code=2)
+
+
 def test_watch_stops_the_rest_when_one_worker_has_ended(cloud):
     text = 'if [ $JAX_PROCESS_ID = 0 ]; then exit 5; fi; trap "exit 75" TERM; while :; do sleep 0.05; done'
     said = cloud.run("run", "--watch", *POLL, "--", *script(cloud, text), code=5)
