@@ -13,6 +13,7 @@ from laif_jax.parallel.mesh import ROW_AXES, row_parts
 from laif_jax.records.errors import LaifError
 
 Tree = TypeVar("Tree")
+AnyMesh = Mesh | AbstractMesh  # shardings of parameters need no devices
 
 # Logical axis -> mesh axes. The first dimension that names a mesh axis has it: in [batch, length, embed] `batch` takes
 # fsdp and `embed` stays whole, in a kernel [embed, mlp] `embed` has it. So one set of names serves parameters and
@@ -102,20 +103,21 @@ def partition_spec(
 
 
 def sharding_for(
-    logical_axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, *, name: str = "parameter"
+    logical_axes: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh, *, name: str = "parameter"
 ) -> NamedSharding:
     """The sharding of one parameter. A mesh axis that does not divide its dimension is dropped for a small parameter
     (fewer than `SMALL` elements), and is a ShardingError for a large one, where it would cost memory unseen. A large
     one that the rules leave whole is split by the axes `SPARE`, where they divide any of its dimensions."""
     strict = math.prod(shape) >= SMALL
     spec = partition_spec(logical_axes, shape, mesh, strict=strict, name=name)
-    if strict and not any(spec):
-        spec = _split_somewhere(shape, mesh)
-    return NamedSharding(mesh, spec)
+    return NamedSharding(mesh, spec) if any(spec) else spare_sharding(shape, mesh)
 
 
-def _split_somewhere(shape: Sequence[int], mesh: Mesh) -> P:
-    """The spec with the most parts that splits one dimension; the largest dimension of those, the last among equals."""
+def spare_sharding(shape: Sequence[int], mesh: AnyMesh) -> NamedSharding:
+    """The sharding of an array that no rule splits: of a small one, none; of a large one, one dimension by `SPARE`,
+    into as many parts as can be, the largest dimension of those, the last among equals."""
+    if math.prod(shape) < SMALL:
+        return NamedSharding(mesh, P(*[None] * len(shape)))
     axes = tuple(axis for axis in SPARE if mesh.shape.get(axis, 1) > 1)
     best: tuple[int, int, int] = (1, 0, 0)
     kept: tuple[str, ...] = ()
@@ -129,10 +131,10 @@ def _split_somewhere(shape: Sequence[int], mesh: Mesh) -> P:
     entries: list[Any] = [None] * len(shape)
     if kept:
         entries[best[2]] = kept[0] if len(kept) == 1 else kept
-    return P(*entries)
+    return NamedSharding(mesh, P(*entries))
 
 
-def param_shardings(specs: Any, mesh: Mesh) -> Any:
+def param_shardings(specs: Any, mesh: AnyMesh) -> Any:
     """The shardings of a tree of parameters.
 
     Args:

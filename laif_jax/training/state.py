@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from laif_jax.parallel.rules import spare_sharding
+
 Tree = dict[str, Any]
 
 
@@ -117,10 +119,23 @@ def opt_state_shardings(
     shardings: Any,
     replicated: NamedSharding,
 ) -> Any:
-    """Moments lie where their parameter lies; what has another shape (counts, factored moments) is replicated."""
+    """Moments lie where their parameter lies, factored ones (Adafactor's, of a parameter without one of its dimensions)
+    as what is left of it; counts and the like are replicated."""
 
     def place(leaf: Any, param: Any, sharding: NamedSharding) -> NamedSharding:
-        return sharding if leaf.shape == param.shape else replicated
+        if leaf.shape == param.shape:
+            return sharding
+        spec = [*sharding.spec, *[None] * (len(param.shape) - len(sharding.spec))]
+        left = [
+            [*spec[:axis], *spec[axis + 1 :]]
+            for axis in range(len(param.shape))
+            if leaf.shape == (*param.shape[:axis], *param.shape[axis + 1 :])
+        ]
+        # Of equal dimensions any may be the one that is gone: the one whose loss leaves most of the split.
+        best = max(left, key=lambda entries: sum(entry is not None for entry in entries), default=())
+        if any(best):
+            return NamedSharding(sharding.mesh, PartitionSpec(*best))
+        return spare_sharding(leaf.shape, sharding.mesh)
 
     return optax.tree_map_params(
         optimizer, place, shapes, params, shardings, transform_non_params=lambda _: replicated
