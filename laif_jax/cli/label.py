@@ -1,25 +1,10 @@
-"""`laif label ...`: a plan before a paid run, and what a labelling store holds."""
+"""`laif label ...`: a plan before a paid run, labels for a file of pairs, and how good labels are."""
 
 import argparse
 import json
-from collections.abc import Callable
 
+from laif_jax.cli.label_store import Verb, add_store_verbs, open_store
 from laif_jax.records.errors import LaifError
-
-Verb = Callable[..., argparse.ArgumentParser]
-
-
-def _open(options: argparse.Namespace):
-    from laif_jax.labeling.database import is_address
-    from laif_jax.labeling.errors import StoreError
-    from laif_jax.labeling.store import Store
-
-    if not is_address(options.store):
-        from pathlib import Path
-
-        if not options.new and not (Path(options.store) / "labels.sqlite").is_file():
-            raise StoreError(f"no store at {options.store}: it would be {options.store}/labels.sqlite")
-    return Store(options.store, shared=True)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -123,89 +108,6 @@ def _example(options: argparse.Namespace) -> int:
     return 0
 
 
-def _export(options: argparse.Namespace) -> int:
-    from laif_jax.labeling.transfer import export_store
-
-    store = _open(options)
-    try:
-        counts = export_store(store, options.file)
-    finally:
-        store.close()
-    print("\n".join(f"{count:>9,} {table}" for table, count in counts.items()))
-    return 0
-
-
-def _import(options: argparse.Namespace) -> int:
-    from laif_jax.labeling.transfer import import_store
-
-    store = _open(options)
-    try:
-        counts = import_store(store, options.file)
-    finally:
-        store.close()
-    print("\n".join(f"{count:>9,} new {table}" for table, count in counts.items()))
-    return 0
-
-
-def _stats(options: argparse.Namespace) -> int:
-    from laif_jax.labeling.budget import show_money
-
-    store = _open(options)
-    try:
-        stats, account, jobs = store.stats(), store.account(), store.job_list(10)
-    finally:
-        store.close()
-    if options.json:
-        print(json.dumps(stats))
-        return 0
-    for name in ("requests", "failures", "results", "jobs"):
-        counts = ", ".join(f"{count:,} {state}" for state, count in sorted(stats[name].items()))
-        print(f"{name:10} {counts or 'none'}")
-    print(f"{'tokens':10} {stats['prompt_tokens']:,} prompt, {stats['completion_tokens']:,} completion")
-    cap = "no cap" if account.cap is None else f"cap {show_money(account.cap)}"
-    print(
-        f"{'money':10} {show_money(account.spent)} spent, {show_money(account.presumed)} presumed, "
-        f"{show_money(account.reserved)} reserved, {cap}"
-    )
-    for job in jobs:
-        print(
-            f"job {job['id']} {job['state']:13} {job['kind']:8} {job['total']:>7,} items, {job['endpoint']}"
-        )
-    return 0
-
-
-def _gc(options: argparse.Namespace) -> int:
-    from laif_jax.labeling.collect import collect
-
-    store = _open(options)
-    try:
-        found = collect(store, jobs=options.job, answers=options.answers, dry_run=not options.yes)
-    finally:
-        store.close()
-    print(
-        f"{found.results:,} results that no job lists, {found.failures:,} failed attempts, {found.requests:,} requests "
-        f"without an answer, {found.answers:,} paid answers ({found.bytes / 1e6:.1f} MB of text)"
-    )
-    print("removed" if options.yes else "nothing was removed; add --yes to remove it")
-    return 0
-
-
-def _budget(options: argparse.Namespace) -> int:
-    from laif_jax.labeling.budget import SERVICE, parse_money, show_money
-
-    store = _open(options)
-    try:
-        if options.amount is not None:
-            cap = None if options.amount == "none" else parse_money(options.amount)
-            store.set_cap(cap, options.job or SERVICE)
-        account = store.account(options.job or SERVICE)
-    finally:
-        store.close()
-    cap = "none" if account.cap is None else show_money(account.cap)
-    print(f"budget {cap}; spent {show_money(account.spent)}, presumed {show_money(account.presumed)}")
-    return 0
-
-
 def _canary(options: argparse.Namespace) -> int:
     from laif_jax.config import load_config
     from laif_jax.labeling.canary import show
@@ -227,7 +129,7 @@ def _quality(options: argparse.Namespace) -> int:
     judged = Judged()
     if options.store is not None or not options.files:
         options.store = options.store or "labels"
-        store = _open(options)
+        store = open_store(options)
         try:
             read_store(store, judged)
         finally:
@@ -277,14 +179,6 @@ def _labelled_pairs(path: str):
 def add_verbs(verb: Verb, to: argparse._SubParsersAction) -> None:
     """Adds the verbs below `laif label`."""
 
-    def with_store(name: str, call: Callable[[argparse.Namespace], int], text: str, *, new: bool = False):
-        added = verb(name, call, text, to)
-        added.add_argument(
-            "--store", default="labels", help="its folder, or postgresql://user@host:port/database"
-        )
-        added.set_defaults(new=new)
-        return added
-
     plan = verb("plan", _plan, "calls, tokens, dollars and time of labelling, before anything is sent", to)
     plan.add_argument("config", help="a YAML file, of a study or of `laif label run`")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
@@ -328,19 +222,4 @@ def add_verbs(verb: Verb, to: argparse._SubParsersAction) -> None:
     )
     quality.add_argument("--json", action="store_true", help="one JSON object")
     quality.set_defaults(new=False)
-    text = "write a store's content to .jsonl, .jsonl.gz or .parquet"
-    with_store("export", _export, text).add_argument("file")
-    text = "add an export's content to a store; what it cost counts against no budget"
-    with_store("import", _import, text, new=True).add_argument("file")
-    with_store("stats", _stats, "counts, tokens and money of a store").add_argument(
-        "--json", action="store_true"
-    )
-    gc = with_store("gc", _gc, "show, and with --yes remove, what no job lists any more")
-    gc.add_argument("--job", action="append", default=[], help="give this job up first (may be repeated)")
-    gc.add_argument(
-        "--answers", action="store_true", help="paid answers too, from which no kept result was read"
-    )
-    gc.add_argument("--yes", action="store_true", help="remove it")
-    budget = with_store("budget", _budget, "show or set the hard budget of a store, or of one job")
-    budget.add_argument("amount", nargs="?", help="for example 25USD; none lifts it")
-    budget.add_argument("--job", help="of this job")
+    add_store_verbs(verb, to)

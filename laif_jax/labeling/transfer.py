@@ -13,30 +13,45 @@ from sqlalchemy.engine import Connection
 
 from laif_jax.labeling import schema
 from laif_jax.labeling.errors import StoreError
+from laif_jax.labeling.open_batches import TABLES, has_batches, open_tags
 from laif_jax.labeling.store import Store
 from laif_jax.labeling.writer import Row
 from laif_jax.records import read_rows
 
 CHUNK = 2000
 # In this order: a request stands before what belongs to it.
-EXPORTED = ("requests", "request_texts", "responses", "usage", "failures", "results", "jobs", "job_items")
+EXPORTED = (
+    *("requests", "request_texts", "responses", "usage", "failures", "results", "jobs", "job_items"),
+    *TABLES,
+)
 _LOCAL = {"id", "owner", "reserved"}  # of this store's workers and row numbers
 
 
+def _table(name: str) -> sa.Table:
+    return TABLES[name] if name in TABLES else schema.metadata.tables[name]
+
+
 def rows_of(store: Store) -> Iterator[Row]:
-    """All rows of a store, each with the name of its `table`."""
+    """All rows of a store, each with the name of its `table`; of batches the open ones."""
     with store.engine.connect() as connection:
         for name in EXPORTED:
-            table = schema.metadata.tables[name]
+            table = _table(name)
             drop = _LOCAL if "key" in table.columns else set()
             columns = [column for column in table.columns if column.name not in drop]
             query = sa.select(*columns).order_by(*table.primary_key.columns)
+            if name in TABLES:
+                if not has_batches(connection):
+                    continue
+                query = query.where(table.c.tag.in_(open_tags()))
             for row in connection.execution_options(yield_per=CHUNK).execute(query).mappings():
                 yield {"table": name, **row}
 
 
 def export_store(store: Store, path: str | Path) -> dict[str, int]:
     """Writes everything but budgets and leases to a .jsonl, .jsonl.gz or .parquet file; rows by table.
+
+    Batches that a provider still works on go along: the store that asks for their calls reads their answers, and books
+    what they cost.
 
     Raises:
       StoreError: another ending, or the file cannot be written.
@@ -78,12 +93,10 @@ def _write_parquet(store: Store, path: Path) -> dict[str, int]:
     import pyarrow.parquet as pq
 
     kinds: dict[str, Any] = {"table": pa.string()}
+    types = {str: pa.string(), float: pa.float64(), bool: pa.bool_()}
     for name in EXPORTED:
-        for column in schema.metadata.tables[name].columns:
-            python = column.type.python_type
-            kinds[column.name] = (
-                pa.string() if python is str else pa.float64() if python is float else pa.int64()
-            )
+        for column in _table(name).columns:
+            kinds[column.name] = types.get(column.type.python_type, pa.int64())
     layout, counts = pa.schema(list(kinds.items())), {}
     with pq.ParquetWriter(path, layout) as writer:
         batch: list[Row] = []
@@ -126,7 +139,7 @@ def import_store(store: Store, path: str | Path) -> dict[str, int]:
 
 
 def _add(store: Store, name: str, rows: Sequence[Row], counts: dict[str, int], answered: set[str]) -> None:
-    table = schema.metadata.tables[name]
+    table = _table(name)
     names = [column.name for column in table.columns if column.name not in _LOCAL or name == "jobs"]
 
     def operation(connection: Connection) -> set[str]:
@@ -144,6 +157,8 @@ def _add(store: Store, name: str, rows: Sequence[Row], counts: dict[str, int], a
             # An answer follows in this file, or is here already: `responses` below says so.
             if name == "requests" and row["state"] == "ok":
                 row["state"] = "pending"
+        if name in TABLES:
+            table.create(connection, checkfirst=True)
         before = _count(connection, table)
         insert: Any = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
         for row in values:  # rows may have different columns
