@@ -23,6 +23,8 @@ _NOT_OPTIONS = {
     "top_logprobs",
 }
 
+TOKENS_MOST = 10**8  # of one answer: what more could cost does not fit a database's integers
+TOKEN_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "maxOutputTokens")
 _SECRET = re.compile(r"api_?-?key|secret|password|authorization", re.IGNORECASE)
 
 
@@ -32,6 +34,9 @@ def _check_options(options: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"`options` must not hold {', '.join(taken)}: the calls themselves set them")
     if secret := sorted({name for name in _names(options) if _SECRET.search(name)}):
         raise ValueError(f"`options` must not hold {', '.join(secret)}: they are stored. Use `api_key_env`")
+    for name, value in options.items():
+        if name in TOKEN_LIMITS and isinstance(value, int) and value > TOKENS_MOST:
+            raise ValueError(f"`options.{name}` is more than {TOKENS_MOST:,}")
     try:
         json.dumps(options, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -102,10 +107,10 @@ class SimulatedSpec(Spec):
     timeout_rate: Fraction = 0.0
     truncated_rate: Fraction = 0.0
     malformed_rate: Fraction = 0.0
-    retry_after: float = Field(default=0.0, ge=0)
+    retry_after: float = Field(default=0.0, ge=0, le=1e6)
     drift: Fraction = 0.0
     version: int = Field(default=0, ge=0)
-    latency: float = Field(default=0.0, ge=0)
+    latency: float = Field(default=0.0, ge=0, le=1e6)
     seed: int = 0
 
     @model_validator(mode="after")
@@ -163,11 +168,11 @@ class EndpointSpec(Spec):
     simulated: SimulatedSpec | None = None
     context_length: Positive = 2048
     concurrency: Positive = 8
-    timeout: float = Field(default=120.0, gt=0)
+    timeout: float = Field(default=120.0, gt=0, le=1e6)
     max_attempts: Positive = 6
-    prompt_price: float | None = Field(default=None, ge=0)
-    completion_price: float | None = Field(default=None, ge=0)
-    cached_prompt_price: float | None = Field(default=None, ge=0)
+    prompt_price: float | None = Field(default=None, ge=0, le=1e6)
+    completion_price: float | None = Field(default=None, ge=0, le=1e6)
+    cached_prompt_price: float | None = Field(default=None, ge=0, le=1e6)
     batch_discount: Fraction | None = None
 
     @model_validator(mode="after")

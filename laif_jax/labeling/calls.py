@@ -82,17 +82,19 @@ class Endpoint(BaseModel):
     cassette_mode: Literal["replay", "record"] = "replay"
     simulated: SimulatedSpec | None = None
     concurrency: int = Field(default=8, gt=0)
-    timeout: float = Field(default=120.0, gt=0)
+    timeout: float = Field(default=120.0, gt=0, le=1e6)
     max_attempts: int = Field(default=6, gt=0)
-    prompt_price: float | None = Field(default=None, ge=0)
-    cached_prompt_price: float | None = Field(default=None, ge=0)
-    completion_price: float | None = Field(default=None, ge=0)
+    prompt_price: float | None = Field(default=None, ge=0, le=1e6)
+    cached_prompt_price: float | None = Field(default=None, ge=0, le=1e6)
+    completion_price: float | None = Field(default=None, ge=0, le=1e6)
     batch_discount: float | None = Field(default=None, ge=0, le=1)
     batch: bool = False
     batch_folder: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Endpoint":
+        if (self.prompt_price is None) != (self.completion_price is None):
+            raise ValueError("give both of `prompt_price` and `completion_price`, or none")
         if self.provider == "simulated":
             if self.simulated is None:
                 raise ValueError("a simulated endpoint needs `simulated`")

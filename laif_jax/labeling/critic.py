@@ -10,6 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from laif_jax.config.endpoints import TOKENS_MOST
 from laif_jax.labeling.critic_parts import (
     PLACEHOLDER,
     Examples,
@@ -69,7 +70,7 @@ class Critic(BaseModel):
     parser: str
     options: dict[str, Any] = Field(default_factory=dict)
     temperature: float = Field(default=0.0, ge=0)
-    max_tokens: int = Field(default=50, gt=0)
+    max_tokens: int = Field(default=50, gt=0, le=TOKENS_MOST)
     top_logprobs: int | None = Field(default=None, gt=0, le=20)
     prompt: str
     samples: int = Field(default=1, ge=1, le=64)

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from laif_jax.config.endpoints import TOKENS_MOST
 from laif_jax.labeling.errors import CriticError
 from laif_jax.records import fingerprint
 
@@ -35,7 +36,7 @@ class Rationale(_Part):
 
     prompt: str
     temperature: float = Field(default=0.0, ge=0)
-    max_tokens: int = Field(default=512, gt=0)
+    max_tokens: int = Field(default=512, gt=0, le=TOKENS_MOST)
 
 
 class Example(_Part):

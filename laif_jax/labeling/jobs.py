@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
+from laif_jax.config.endpoints import TOKENS_MOST
 from laif_jax.labeling.budget import parse_money
 from laif_jax.labeling.calls import Endpoint
 from laif_jax.labeling.complete import CompleteWork
@@ -49,9 +50,9 @@ class CompleteJob(_PaidJob):
     generator: str
     system: str | None = None
     temperature: float = Field(default=1.0, ge=0)
-    max_tokens: int = Field(default=512, gt=0)
+    max_tokens: int = Field(default=512, gt=0, le=TOKENS_MOST)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    n: int = Field(default=1, gt=0)
+    n: int = Field(default=1, gt=0, le=10_000)
     seed: int | None = None
 
     def work(self) -> Work:

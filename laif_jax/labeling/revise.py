@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from laif_jax.config.endpoints import TOKENS_MOST
 from laif_jax.labeling.calls import Call, Endpoint, Truth
 from laif_jax.labeling.complete import Failure
 from laif_jax.labeling.critic import instruction_text, last_user_turn, sections
@@ -47,8 +48,8 @@ class Reviser(BaseModel):
     version: str = "1"
     description: str = ""
     temperature: float = Field(default=1.0, ge=0)
-    critique_tokens: int = Field(default=512, gt=0)
-    revision_tokens: int = Field(default=512, gt=0)
+    critique_tokens: int = Field(default=512, gt=0, le=TOKENS_MOST)
+    revision_tokens: int = Field(default=512, gt=0, le=TOKENS_MOST)
     principles: tuple[Principle, ...] = Field(min_length=1)
     critique: str
     revision: str

@@ -1,6 +1,7 @@
 """The API under `schemathesis`: nothing that is sent gives a 500, and every error has the documented shape."""
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -120,6 +121,46 @@ def test_bodies_that_are_no_jobs(url: str, body: bytes) -> None:
     answer = httpx.post(f"{url}/v1/jobs", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code in (415, 422)
     check(answer.status_code, answer.text)
+
+
+HUGE: list[dict[str, Any]] = [
+    {"endpoint": {"prompt_price": 1e300, "completion_price": 1e300}},
+    {"endpoint": {"prompt_price": float("inf"), "completion_price": 1.0}},
+    {"endpoint": {"prompt_price": 1.0}},  # half a price
+    {"endpoint": {"timeout": float("inf")}},
+    {"endpoint": {"simulated": {"world": "planted", "latency": float("inf")}}},
+    {"endpoint": {"simulated": {"world": "planted", "noise": float("nan")}}},
+    {"endpoint": {"options": {"max_tokens": 10**30}}},
+    {"budget": "99999999999999999USD"},
+    {"max_tokens": 10**30},
+    {"n": 10**30},
+]
+
+
+@pytest.mark.parametrize("change", HUGE, ids=lambda change: json.dumps(change)[:60])
+def test_numbers_that_no_database_holds_are_refused(url: str, change: dict[str, Any]) -> None:
+    """Before anything runs: an integer of more than 64 bits would otherwise end a job in the middle."""
+    endpoint = {"provider": "simulated", "simulated": {"world": "planted"}, **change.pop("endpoint", {})}
+    prompt = {"messages": [{"role": "user", "content": "What is 1 + 1?"}]}
+    job = {"kind": "complete", "generator": "g", "prompts": [prompt], "endpoint": endpoint, **change}
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{url}/v1/jobs", content=json.dumps(job), headers=headers)
+    assert answer.status_code == 422
+    check(answer.status_code, answer.text)
+
+
+def test_the_largest_numbers_that_are_taken_fit(url: str) -> None:
+    prices = dict.fromkeys(("prompt_price", "cached_prompt_price", "completion_price"), 1e6)
+    endpoint = {"provider": "simulated", "simulated": {"world": "planted"}, "timeout": 1e6, **prices}
+    prompt = {"messages": [{"role": "user", "content": "What is 1 + 1?"}]}
+    job: dict[str, Any] = {"kind": "complete", "generator": "g", "prompts": [prompt], "endpoint": endpoint}
+    job |= {"budget": "1000000000USD", "max_tokens": 10**8}
+    status = httpx.post(f"{url}/v1/jobs", json=job).json()
+    end = time.monotonic() + 60
+    while (found := httpx.get(f"{url}/v1/jobs/{status['id']}").json())["state"] == "running":
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert (found["state"], found["counts"]) == ("done", {"ok": 1})
 
 
 @CALM
