@@ -20,12 +20,13 @@ from sqlalchemy.exc import ArgumentError
 from laif_jax.labeling.errors import StoreError
 
 log = logging.getLogger(__name__)
+WRITER_CACHE = "PRAGMA cache_size=-65536"
 CHECKPOINT = 0.25  # seconds between two checkpoints while there is something to do
 PRAGMAS = (
     "journal_mode=WAL",
     "synchronous=FULL",
     "temp_store=MEMORY",
-    "cache_size=-65536",
+    "cache_size=-4096",  # KiB. Of who reads: what others write empties it anyway
     # Committing does the rest of what `Checkpoints` does beside it: then the log starts anew.
     "wal_autocheckpoint=16000",
     "mmap_size=268435456",

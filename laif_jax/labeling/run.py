@@ -46,6 +46,7 @@ class _Asked:
     slots: list[tuple[_Item, int]] = field(default_factory=list)
     again: bool = False
     attempts: int = 0
+    most: int = 0  # of its cost, in nano-dollars
 
 
 class JobRun:
@@ -349,10 +350,10 @@ class JobRun:
     async def _claim(self, entries: list[_Asked]) -> Claimed:
         calls = [entry.call for entry in entries]
         self.store.write(request_texts=[{"key": call.key, "request": call.request} for call in calls])
-        wants = [
-            Want(entry.call.key, request_row(entry.call), self.party.most(entry.call), entry.again)
-            for entry in entries
-        ]
+        wants = []
+        for entry in entries:
+            entry.most = self.party.most(entry.call)
+            wants.append(Want(entry.call.key, request_row(entry.call), entry.most, entry.again))
         return await asyncio.wrap_future(self.store.claim(self.id, wants, self._created))
 
     def _put_off(self, entry: _Asked) -> None:
@@ -378,7 +379,7 @@ class JobRun:
         while (entry := await self._queue.get()) is not None:
             if self._queue.qsize() <= self._low:
                 self._moved.set()
-            outcome = await self.scheduler.ask(self.party, entry.call, entry.attempts)
+            outcome = await self.scheduler.ask(self.party, entry.call, entry.attempts, entry.most)
             self._asking -= 1
             if self._hungry:
                 self._moved.set()

@@ -140,9 +140,13 @@ class Scheduler:
             if (e.key, e.batch) in self._lanes
         }
 
-    async def ask(self, party: Party, call: Call, attempts_before: int) -> Outcome:
-        """The outcome of a call that was claimed. Never raises for what an endpoint does."""
-        bound, tokens = party.most(call), party.tokens(call)
+    async def ask(self, party: Party, call: Call, attempts_before: int, bound: int) -> Outcome:
+        """The outcome of a call that was claimed. Never raises for what an endpoint does.
+
+        Args:
+          bound: what was reserved for it: upper bound of its cost in nano-dollars.
+        """
+        tokens = party.tokens(call)
         reason, passing, reserved = "", True, bound
         for number in range(call.endpoint.max_attempts):
             attempt = attempts_before + number

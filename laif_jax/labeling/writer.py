@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +20,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DatabaseError, OperationalError, SQLAlchemyError
 
 from laif_jax.labeling import budget, schema
+from laif_jax.labeling.database import WRITER_CACHE
 from laif_jax.labeling.errors import LabelError, StoreError
 from laif_jax.labeling.statements import TABLES, Row, having, writes
 
@@ -113,6 +114,7 @@ class Writer:
         self._statements = writes(engine.dialect.name, worker)
         self._queue: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._closing = False
+        self._connection: Connection | None = None
         self._wait = threading.Event()
         self._thread = threading.Thread(target=self._run, name="label-store", daemon=True)
         self._thread.start()
@@ -153,6 +155,12 @@ class Writer:
     # ---- the thread --------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._write_groups()
+        finally:
+            self._let_go()
+
+    def _write_groups(self) -> None:
         while (first := self._queue.get()) is not None:
             group, end = _Group(), False
             group.add(first)
@@ -167,10 +175,33 @@ class Writer:
             if end:
                 return
 
+    @contextlib.contextmanager
+    def _transaction(self) -> Generator[Connection]:
+        """SQLite keeps the pages that it wrote in its connection's cache: it is the same one each time."""
+        if self._engine.dialect.name != "sqlite":
+            with self._engine.begin() as connection:
+                yield connection
+            return
+        if self._connection is None:
+            self._connection = self._engine.connect()
+            self._connection.exec_driver_sql(WRITER_CACHE)
+            self._connection.rollback()
+        try:
+            with self._connection.begin():
+                yield self._connection
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _let_go(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
     def _commit(self, group: _Group) -> None:
         while True:
             try:
-                with self._engine.begin() as connection:
+                with self._transaction() as connection:
                     self._settle(connection, group.settles)
                     for name, rows in group.rows.items():
                         if rows:
@@ -217,8 +248,8 @@ class Writer:
         if ledger:
             self._statements["usage"](connection, ledger)
         budget.apply(connection, changes)
-        if ours:
-            connection.execute(_UNRESERVE, [{"k": key} for key in sorted(ours)])
+        for condition in having(connection, schema.requests.c.key, sorted(ours)) if ours else ():
+            connection.execute(sa.update(schema.requests).where(condition).values(reserved=0))
 
     def _ours(self, connection: Connection, keys: list[str]) -> set[str]:
         c = schema.requests.c
@@ -228,9 +259,6 @@ class Writer:
                 connection.execute(sa.select(c.key).where(condition, c.owner == self._worker)).scalars()
             )
         return found
-
-
-_UNRESERVE = sa.update(schema.requests).where(schema.requests.c.key == sa.bindparam("k")).values(reserved=0)
 
 
 def _ledger_row(settle: Settle, nanos: int | None) -> Row:

@@ -93,10 +93,10 @@ def test_a_full_disk_loses_no_answer_and_stops_further_calls(tmp_path) -> None:
         # SQLite says "database or disk is full" beyond this size.
         pages = 40
 
-        def limit(connection: sqlite3.Connection, *_: object) -> None:
-            connection.execute(f"PRAGMA max_page_count={pages}")
+        def limit(connection: sa.Connection) -> None:
+            connection.exec_driver_sql(f"PRAGMA max_page_count={pages}")
 
-        sa.event.listen(store.engine, "checkout", limit)
+        sa.event.listen(store.engine, "begin", limit)
         endpoint = simulated(latency=0.001, concurrency=4)
         job = JudgeJob(endpoint=endpoint, critic="laif_basic", comparisons=tuple(planted(300)))
         status = runner.submit(job.work())
