@@ -1,9 +1,12 @@
 """Real processes: an orderly stop, logs in JSON, and no key in anything that a run leaves behind."""
 
+import concurrent.futures
 import contextlib
 import json
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -91,6 +94,37 @@ def test_what_does_not_answer_in_time_is_pending_again(tmp_path: Path) -> None:
             assert account.presumed > 0  # the two that were under way may be on the bill
         finally:
             store.close()
+
+
+def test_a_worker_that_is_stopped_stores_what_is_under_way(tmp_path: Path) -> None:
+    """Two calls of the service and two of the worker hang when the worker is told to end: none is lost."""
+    items = [comparison(i, 0.1, 0.9) for i in range(30)]
+    with (
+        fake_endpoint(
+            lambda n, _: Reply(body=chat("Output (b)"), hang=1.5 if 16 <= n < 20 else 0.05)
+        ) as server,
+        served(tmp_path / "store", "--token-env", "") as (url, _),
+        LabelClient(url) as client,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        command = [sys.executable, "-m", "laif_jax.labeling", "work", "--store", str(tmp_path / "store")]
+        with (tmp_path / "work.log").open("wb") as log:
+            worker = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            wait(lambda: "takes part" in (tmp_path / "work.log").read_text())
+            endpoint = at(server, timeout=60.0, concurrency=2)
+            judging = pool.submit(client.judge, endpoint, "laif_basic", items, order="seeded")
+            wait(lambda: server.in_flight == 4 or judging.done())
+            assert not judging.done()
+            worker.send_signal(signal.SIGTERM)
+            assert worker.wait(60) == 0
+            assert len(judging.result(120)) == 30
+        finally:
+            worker.kill()
+            worker.wait()
+        assert set(server.calls.values()) == {1}
+        assert client.stats()["requests"] == {"ok": 30}
+    assert "Traceback" not in (tmp_path / "work.log").read_text()
 
 
 def test_nothing_that_a_run_leaves_behind_holds_a_key_or_the_token(tmp_path: Path) -> None:
