@@ -210,6 +210,21 @@ def write_jsonl(path: PathLike, rows: Iterable[dict[str, Any] | Record]) -> int:
     return count
 
 
+def is_remote(path: PathLike) -> bool:
+    """Whether a path is in a bucket, which has no folders, no renames and no append."""
+    return "://" in str(path)
+
+
+def append_bytes(path: PathLike, data: bytes) -> None:
+    """Appends to a file; in a bucket, by writing the object anew, which readers see whole, before or after."""
+    path = epath.Path(path)
+    if is_remote(path):
+        path.write_bytes((path.read_bytes() if path.exists() else b"") + data)
+    else:
+        with path.open("ab") as file:
+            file.write(data)
+
+
 def append_jsonl(path: PathLike, row: dict[str, Any] | Record) -> None:
     """Appends one row to a JSON lines file and flushes it. A last line that an earlier writer did not finish is
     closed first, so that it does not swallow this row.
@@ -225,8 +240,36 @@ def append_jsonl(path: PathLike, row: dict[str, Any] | Record) -> None:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 line = b"\n" + line
-    with path.open("ab") as file:
-        file.write(line)
+    append_bytes(path, line)
+
+
+def check_writable(folder: PathLike) -> None:
+    """Writes a file into a folder, or a bucket, and removes it again, so that what is wrong there is told before hours
+    of work.
+
+    Raises:
+      OSError: naming the folder.
+    """
+    folder = epath.Path(folder)
+    probe = folder / ".laif-can-write"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except Exception as error:
+        # Clients of buckets raise what they like: no credentials, no permission, no bucket, no client.
+        if is_remote(folder):
+            raise OSError(
+                f"cannot write to {folder}: {type(error).__name__}: {error}. Check that the bucket exists, that this "
+                "machine's service account may create, read and delete objects in it, and that `laif_jax[gcp]` is "
+                "installed; or set `out` to another folder"
+            ) from error
+        if isinstance(error, OSError):
+            raise OSError(
+                error.errno,
+                f"cannot write to {folder}: {error.strerror or error}. Make it writable, or set `out` elsewhere",
+            ) from error
+        raise
 
 
 def write_json(path: PathLike, value: Any) -> None:

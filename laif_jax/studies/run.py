@@ -14,7 +14,7 @@ from laif_jax.labeling.critic import load_critic
 from laif_jax.labeling.prices import need_price
 from laif_jax.parallel import distributed
 from laif_jax.parallel.mesh import make_mesh
-from laif_jax.records import write_json
+from laif_jax.records import check_writable, write_json
 from laif_jax.records.errors import LaifError
 from laif_jax.stages.artifact import StageError
 from laif_jax.stages.context import Services, StudyContext
@@ -38,7 +38,8 @@ def run_study(config_path: str, overrides: Sequence[str] = ()) -> int:
       0, or 1 if a stage failed (the report then shows what finished, and why the rest did not).
 
     Raises:
-      ConfigError, CriticError, MeshError: a mistake that is found before any stage runs.
+      ConfigError, CriticError, MeshError: a mistake that is found before any stage runs. OSError: `out` cannot be
+        written.
     """
     config = load_config(config_path, overrides)
     distributed.initialize()
@@ -47,8 +48,8 @@ def run_study(config_path: str, overrides: Sequence[str] = ()) -> int:
     distributed.from_main(lambda: _check_critics(config))
     enable_compilation_cache()
     root, plan = study_folder(config), None
+    distributed.from_main(lambda: check_writable(root))
     if distributed.is_main():
-        root.mkdir(parents=True, exist_ok=True)
         (root / "config.yaml").write_text(dump_config(config))
 
         plan = _plan(config)

@@ -21,7 +21,7 @@ from rich.table import Table
 from laif_jax.config import RunConfig, dump_config, load_config
 from laif_jax.parallel import distributed
 from laif_jax.parallel.mesh import make_mesh
-from laif_jax.records import write_json
+from laif_jax.records import check_writable, write_json
 from laif_jax.stages import fit
 from laif_jax.stages.artifact import Artifact, StageError, versions
 from laif_jax.stages.context import Context, Services
@@ -65,15 +65,16 @@ class Command(Generic[Config]):
           0.
 
         Raises:
-          ConfigError, MeshError, DataError: a mistake that is found before training. StageError: training failed.
+          ConfigError, MeshError, DataError: a mistake that is found before training. OSError: `out` cannot be
+            written. StageError: training failed.
         """
         config = load_config(config_path, overrides, self.schema)
         distributed.initialize()
         make_mesh(config.mesh)  # a mesh that does not fit these devices is told before anything is read
         enable_compilation_cache()
         root = run_folder(config)
+        distributed.from_main(lambda: check_writable(root))
         if distributed.is_main():
-            root.mkdir(parents=True, exist_ok=True)
             (root / "config.yaml").write_text(dump_config(config))
         with Services(config, root) as services:
             ctx = Context(config=config, root=root, seed=config.seed, services=services)

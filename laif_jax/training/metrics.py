@@ -11,6 +11,7 @@ import jax
 from etils import epath
 
 from laif_jax.parallel import is_main
+from laif_jax.records import append_bytes
 from laif_jax.records.errors import LaifError
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class MetricsWriter:
             self._wandb = _start_wandb(self._wandb_options, self.directory)
         import tensorboardX
 
+        tensorboardX.record_writer.register_writer_factory("gs", _InBucket)
         folder = str(self.directory / "tensorboard")
         self._board = tensorboardX.SummaryWriter(folder, purge_step=step + 1 if rows else None, flush_secs=30)
         return rows
@@ -105,8 +107,7 @@ class MetricsWriter:
         """
         if is_main() and rows:
             try:
-                with self.path.open("a") as file:
-                    file.write("".join(json.dumps(row) + "\n" for row in rows))
+                append_bytes(self.path, "".join(json.dumps(row) + "\n" for row in rows).encode())
             except OSError as error:
                 raise MetricsError(
                     f"cannot write {self.path}: {error.strerror or error}. Free space or make it writable, then "
@@ -133,6 +134,31 @@ class MetricsWriter:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class _InBucket:
+    """A TensorBoard file in a bucket, where it is written anew at each flush. (The writer's own needs another client,
+    with credentials of its own.)"""
+
+    def __init__(self, path: str):
+        self.path = epath.Path(path)
+        self.written = bytearray()
+
+    @classmethod
+    def open(cls, path: str) -> "_InBucket":
+        return cls(path)
+
+    @staticmethod
+    def directory_check(path: str) -> None:
+        """A bucket has no folders to be made."""
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def flush(self) -> None:
+        self.path.write_bytes(bytes(self.written))
+
+    close = flush
 
 
 def read_metrics(path: str | epath.Path) -> list[dict[str, Any]]:

@@ -112,7 +112,7 @@ def test_a_maintenance_event_of_a_cloud_machine_is_a_notice(monkeypatch, name, v
     values = {"maintenance-event": "NONE", "preempted": "FALSE"}
     handler = type("Handler", (Metadata,), {"values": values})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{server.server_address[1]}")
         threading.Timer(0.3, values.__setitem__, (name, value)).start()
         with pytest.raises(Preempted, match=why), listening():

@@ -12,6 +12,7 @@ from laif_jax.records import (
     DataError,
     Prompt,
     append_jsonl,
+    check_writable,
     file_sha256,
     read_jsonl,
     read_rows,
@@ -19,6 +20,7 @@ from laif_jax.records import (
     write_jsonl,
     write_parquet,
 )
+from tests.bucket import bucket
 from tests.records.strategies import objects, prompts
 
 same_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -200,3 +202,32 @@ def test_sha256_of_a_file(tmp_path):
     import hashlib
 
     assert file_sha256(path, chunk=7) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_in_a_bucket_a_file_is_written_anew_to_be_appended_to():
+    with bucket() as objects:
+        path = "gs://box/deep/rows.jsonl"
+        append_jsonl(path, {"a": 1})
+        append_jsonl(path, {"a": 2})
+        objects.put("box/deep/rows.jsonl", objects.get("box/deep/rows.jsonl") + b'{"cut')
+        append_jsonl(path, {"a": 3})
+        lines = objects.get("box/deep/rows.jsonl").decode().splitlines()
+    assert lines == ['{"a": 1}', '{"a": 2}', '{"cut', '{"a": 3}']
+
+
+def test_a_folder_that_can_be_written_is_left_as_it_was(tmp_path):
+    check_writable(tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())
+    with bucket() as objects:
+        check_writable("gs://box/new")
+        assert not objects.names()
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=rf"cannot write to {tmp_path}/file/below: .*set `out` elsewhere"):
+        check_writable(tmp_path / "file" / "below")
+    with bucket() as objects:
+        objects.read_only = True
+        with pytest.raises(OSError, match=r"cannot write to gs://box/runs: PermissionError: .*403"):
+            check_writable("gs://box/runs")

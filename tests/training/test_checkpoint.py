@@ -26,6 +26,7 @@ from laif_jax.config.training import BestSpec
 from laif_jax.training.checkpoint import Checkpointer, CheckpointError, Keep
 from laif_jax.training.optim import make_optimizer
 from laif_jax.training.state import TrainState, create_state
+from tests.bucket import bucket
 from tests.training import toys
 
 # As soon as one read of a damaged checkpoint fails, Orbax 0.12 raises its error and closes its event loop. Reads of
@@ -276,3 +277,23 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path):
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_a_run_killed_many_times_ends_in_the_same_bits(tmp_path, seed):
     _assert_kills_change_nothing(tmp_path, kills=12, seed=seed)
+
+
+# ---- in a bucket -----------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_in_a_bucket(tmp_path):
+    """The same, where there are no renames: what a kill left half-written has the step's name, but not the mark."""
+    with bucket() as objects:
+        folder = "gs://box/run/checkpoints"
+        save_steps(folder, 1, 2, 3)
+        assert_is_step(restore(folder), 3)
+        objects.held.pop("box/run/checkpoints/3/commit_success.txt")
+        assert Checkpointer(folder).latest_step() == 2
+        assert_is_step(restore(folder), 2)
+        (victim,) = objects.names("box/run/checkpoints/2/state/d/")
+        objects.put(victim, objects.get(victim)[:100])
+        assert_is_step(restore(folder), 1)
+        assert objects.names("box/run/checkpoints/corrupt-2/")
+        save_steps(folder, 2)
+        assert_is_step(restore(folder), 2)
