@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# ruff: noqa: T201 (what a script prints is its result)
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["google-cloud-aiplatform>=2.7"]
@@ -157,7 +158,8 @@ def _tensorboard(options: argparse.Namespace) -> str:
         )
     if not full and not options.tensorboard.isdigit():
         raise UsageError(
-            f"--tensorboard {options.tensorboard}: a number, or projects/P/locations/{options.region}/tensorboards/NUMBER"
+            f"--tensorboard {options.tensorboard}: give its number, or its full name in {options.region}, "
+            f"projects/P/locations/{options.region}/tensorboards/NUMBER"
         )
     if full:
         return options.tensorboard

@@ -111,7 +111,7 @@ def test_tensorboard_and_experiment():
         ([*JOB, "--gpu", "NVIDIA_L4", *COMMAND], "--gpu needs --machine-type"),
         ([*TPU, "--topology", "2x2x2", *COMMAND], "v5e wants one as 4x4"),
         ([*TPU, "--topology", "3x5", *COMMAND], "no multiple of 4"),
-        ([*TPU, "--tensorboard", "mine", *COMMAND], "a number, or projects"),
+        ([*TPU, "--tensorboard", "mine", *COMMAND], "give its number"),
         (
             [*TPU, "--tensorboard", "projects/p/locations/us-east1/tensorboards/1", *COMMAND],
             "must be in one region",
