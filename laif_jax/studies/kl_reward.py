@@ -4,26 +4,47 @@ Bai et al. (2022, section 4.3) find that reward grows about linearly with sqrt(K
 that the true reward turns and falls while the proxy still rises.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 WINDOW = 3  # evaluations averaged before a turn is looked for: one alone is noise
+POINTS = 3  # evaluations that a fit needs
+NATS = 0.1  # that the KL must move for a fit: estimates of a KL near 0 are noise, and their square root magnifies it
+
+
+def analysed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with `fit`, `no_fit` and `turn`, from its lists `kl`, `reward` and `true_quality` (may be missing)."""
+    quality = row.get("true_quality")
+    return {
+        **row,
+        "fit": sqrt_fit(row["kl"], row["reward"]),
+        "no_fit": no_fit(row["kl"], row["reward"]),
+        "turn": turn(row["kl"], quality) if quality else None,
+    }
+
+
+def no_fit(kl: Sequence[float | None], reward: Sequence[float | None]) -> str:
+    """Why there is no `sqrt_fit`; "" where there is one."""
+    x, _ = _pairs(kl, reward)
+    if len(x) < POINTS:
+        return f"fewer than {POINTS} evaluations"
+    return f"KL moved by less than {NATS:g} nats" if np.ptp(np.maximum(x, 0.0)) < NATS else ""
 
 
 def sqrt_fit(kl: Sequence[float | None], reward: Sequence[float | None]) -> dict[str, float] | None:
     """Least squares of reward = intercept + slope sqrt(KL).
 
     Returns:
-      slope, intercept, r2 (share of the variance of the rewards that the fit explains), n, max_kl; None where there are
-      fewer than three points, or KL does not vary.
+      slope, intercept, r2 (share of the variance of the rewards that the fit explains), n, max_kl; None where `no_fit`
+      says why.
     """
+    if no_fit(kl, reward):
+        return None
     x, y = _pairs(kl, reward)
     x = np.sqrt(np.maximum(x, 0.0))
-    if len(x) < 3 or np.ptp(x) < 1e-6:
-        return None
     slope, intercept = np.polyfit(x, y, 1)
     rest, spread = np.sum((y - intercept - slope * x) ** 2), np.sum((y - y.mean()) ** 2)
     return {
@@ -43,21 +64,24 @@ def turn(kl: Sequence[float | None], quality: Sequence[float | None]) -> dict[st
     being estimated from the evaluations' second differences.
 
     Returns:
-      kl (there), quality (there), last (quality at the end), drop (their difference); None where there is no turn, or
-      where the evaluations are too few to tell.
+      kl (of the evaluation in the middle of the best average), at (its index in the lists), quality (that average),
+      last (the average at the end), drop (their difference); None where there is no turn, or where the evaluations are
+      too few to tell.
     """
     x, y = _pairs(kl, quality)
     if len(y) < 2 * WINDOW:
         return None
-    smooth, place = (np.convolve(values, np.ones(WINDOW) / WINDOW, mode="valid") for values in (y, x))
+    smooth = np.convolve(y, np.ones(WINDOW) / WINDOW, mode="valid")
     # The variance of a second difference of independent noise is six times its own; a trend adds nothing.
     noise = np.sqrt(np.mean(np.diff(y, 2) ** 2) / 6.0)
     best = int(np.argmax(smooth))
     drop = float(smooth[best] - smooth[-1])
     if drop <= max(2.0 * noise * np.sqrt(2.0 / WINDOW), 1e-6):
         return None
+    middle = best + WINDOW // 2
     return {
-        "kl": float(place[best]),
+        "kl": float(x[middle]),
+        "at": int(np.flatnonzero(_known(kl, quality))[middle]),
         "quality": float(smooth[best]),
         "last": float(smooth[-1]),
         "drop": drop,
@@ -65,8 +89,11 @@ def turn(kl: Sequence[float | None], quality: Sequence[float | None]) -> dict[st
 
 
 def _pairs(a: Sequence[float | None], b: Sequence[float | None]) -> tuple[NDArray[Any], NDArray[Any]]:
-    x, y = (
-        np.array([np.nan if value is None else value for value in values], np.float64) for values in (a, b)
-    )
-    kept = np.isfinite(x) & np.isfinite(y)
+    kept = _known(a, b)
+    x, y = (np.array(values, np.float64) for values in (a, b))  # None becomes NaN
     return x[kept], y[kept]
+
+
+def _known(a: Sequence[float | None], b: Sequence[float | None]) -> NDArray[Any]:
+    """Where both are numbers, bool [n]."""
+    return np.isfinite(np.array(a, np.float64)) & np.isfinite(np.array(b, np.float64))

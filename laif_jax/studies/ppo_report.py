@@ -7,7 +7,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from rich.markup import escape
 
-from laif_jax.studies.kl_reward import sqrt_fit, turn
+from laif_jax.studies.kl_reward import analysed
 from laif_jax.studies.rl_figures import kl_figure
 from laif_jax.studies.single import fill, make_table, with_words
 from laif_jax.studies.svg import PALETTE, STYLE, svg, thin
@@ -86,18 +86,14 @@ def kl_curve(rows: Rows) -> str:
     kept = [row for row in rows if row.get("eval/reward") is not None]
     if len(kept) < 4:
         return ""
-    kl, reward = ([row[name] for row in kept] for name in ("eval/objective/kl", "eval/reward"))
     quality = [row.get("eval/quality") for row in kept]
-    known = any(value is not None for value in quality)
     entry = {
         "label": "held-out prompts",
-        "kl": kl,
-        "reward": reward,
-        "true_quality": quality if known else None,
-        "fit": sqrt_fit(kl, reward),
-        "turn": turn(kl, quality) if known else None,
+        "kl": [row["eval/objective/kl"] for row in kept],
+        "reward": [row["eval/reward"] for row in kept],
+        "true_quality": quality if any(value is not None for value in quality) else None,
     }
-    return kl_figure([entry])
+    return kl_figure([analysed(entry)])
 
 
 def compared(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from rich.console import Console
 from laif_jax.labeling.spending import spending_rows
 from laif_jax.studies.answer import PAPER_CONTEXT
 from laif_jax.studies.figures import arms_figure, comparisons_figure, curves_figure
+from laif_jax.studies.kl_reward import analysed
 from laif_jax.studies.rl_figures import kl_figure, ppo_figure, reward_figure, rounds_figure
 from laif_jax.studies.table import is_laif, number, percent, printable, ranked_comparisons, results_table
 
@@ -140,7 +141,7 @@ def _reinforced(results: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "rewards": results.get("rewards") or [],
         "ppo": results.get("ppo") or [],
-        "kl_reward": [row for row in results.get("kl_reward") or [] if row["kl"]],
+        "kl_reward": _kl_rows(results),
         "rounds": rounds,
         "round_rows": [{"arm": arm, **row} for arm, rows in rounds.items() for row in rows],
         "chosen": [{"arm": arm, **row} for arm, rows in chosen.items() for row in rows],
@@ -156,10 +157,15 @@ def _reinforced_figures(results: Mapping[str, Any], figures: Mapping[str, Any]) 
         "reward": reward_figure(figures.get("reward") or []),
         "ppo_train": ppo_figure(runs, "train"),
         "ppo_eval": ppo_figure(runs, "eval"),
-        "kl": kl_figure(results.get("kl_reward") or []),
+        "kl": kl_figure(_kl_rows(results)),
         "rounds": rounds_figure(results.get("rounds") or {}, single),
     }
     return {name: Markup(text) for name, text in made.items()}
+
+
+def _kl_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Fits and turns are found again, so that the page of an older study follows the same rules."""
+    return [analysed(row) for row in results.get("kl_reward") or [] if row["kl"]]
 
 
 def points(share: float | None) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from laif_jax.studies.kl_reward import NATS
 from laif_jax.studies.svg import FG, MUTED, PALETTE, STYLE, short, svg, thin
 
 Runs = Sequence[Mapping[str, Any]]
@@ -71,12 +72,13 @@ def ppo_figure(runs: Runs, part: str) -> str:
         figure = Figure(figsize=(9.0 if columns > 1 else 6.0, 2.9 * rows + 0.5), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
         for axes, rate in zip(grid, rates):
-            for coef in coefs:
+            for coef, width in zip(coefs, _nested(len(coefs))):
                 group = [run for run in drawn if (run["learning_rate"], run["kl_coef"]) == (rate, coef)]
                 lines = [thin(run[part]["iteration"], run[part]["reward"]) for run in group]
-                _bundle(axes, lines, colors[coef], f"{coef:g}")
+                _bundle(axes, lines, colors[coef], f"{coef:g}", width=width + 0.6)
             axes.set_title(f"learning rate {scientific(rate)}", loc="left")
             axes.set_xlabel("iteration")
+            axes.xaxis.get_major_locator().set_params(integer=True)
         for axes in grid[len(rates) :]:
             axes.set_visible(False)
         grid[0].set_ylabel("reward" if part == "train" else "reward on held-out prompts")
@@ -88,37 +90,60 @@ def ppo_figure(runs: Runs, part: str) -> str:
 def kl_figure(settings: Runs) -> str:
     """Reward by the reward model, and true quality where it is known, against sqrt(KL), both on held-out prompts.
 
-    Points are evaluations, dashed lines the square-root law, a ring marks where true quality turns. '' without any.
+    Points are evaluations, dashed lines the square-root law, a ring marks where true quality turns. Of runs that cover
+    each other, the later ones are drawn smaller and thinner, over the earlier ones. '' without any.
 
     Args:
-      settings: [{"label", "kl": [...], "reward": [...], "true_quality": [...] or None, "fit", "turn"}], each a mean
-        over seeds; `fit` and `turn` as `kl_reward` gives them.
+      settings: [{"label", "kl": [...], "reward": [...], "true_quality": [...] or None, "fit", "no_fit", "turn"}], each
+        a mean over seeds; the last three as `kl_reward.analysed` gives them.
     """
-    drawn = [row for row in settings if len(row["kl"]) > 1]
+    drawn = [row for row in settings if row["kl"]]
     if not drawn:
         return ""
     truth = any(row.get("true_quality") for row in drawn)
+    labels = [
+        _middle_cut(row["label"], 56) + (f" (no fit: {row['no_fit']})" if row["no_fit"] else "")
+        for row in drawn
+    ]
+    # About 13 characters per inch, and 7 for a line's sample.
+    columns = max(1, min(3, 117 // (7 + max(map(len, labels)))))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9.0 if truth else 5.5, 3.7), layout="constrained")
+        figure = Figure(figsize=(9.0, 3.5 + 0.22 * -(-len(drawn) // columns)), layout="constrained")
         panels = figure.subplots(1, 2 if truth else 1, squeeze=False).ravel()
-        for row, color in zip(drawn, itertools.cycle(PALETTE)):
-            style = {"color": color, "lw": 1.2, "marker": "o", "markersize": 3.5, "alpha": 0.85}
-            panels[0].plot(_root(row["kl"]), _numbers(row["reward"]), label=short(row["label"], 44), **style)
-            if row.get("fit"):
-                x = np.linspace(0, np.sqrt(row["fit"]["max_kl"]), 2)
-                y = row["fit"]["intercept"] + row["fit"]["slope"] * x
-                panels[0].plot(x, y, color=color, lw=1, linestyle=(0, (4, 3)))
-            if truth and row.get("true_quality"):
-                panels[1].plot(_root(row["kl"]), _numbers(row["true_quality"]), **style)
-                if row.get("turn"):
-                    place = (np.sqrt(max(0.0, row["turn"]["kl"])), row["turn"]["quality"])
-                    panels[1].plot(*place, "o", markersize=11, markerfacecolor="none", markeredgecolor=FG)
+        for place, (row, label, width) in enumerate(zip(drawn, labels, _nested(len(drawn)))):
+            x = _root(row["kl"])
+            again, color = divmod(place, len(PALETTE))
+            style = {
+                "color": PALETTE[color],
+                "lw": width,
+                "marker": "osD^"[again % 4],
+                "ms": 2.0 * width + 1.5,
+            }
+            panels[0].plot(x, _numbers(row["reward"]), label=label, **style)
+            if row["fit"]:
+                ends = np.array([0.0, np.sqrt(row["fit"]["max_kl"])])
+                line = row["fit"]["intercept"] + row["fit"]["slope"] * ends
+                panels[0].plot(ends, line, color=style["color"], lw=1, linestyle=(0, (4, 3)))
+            if row.get("true_quality"):
+                quality = _numbers(row["true_quality"])
+                panels[1].plot(x, quality, **style)
+                if row["turn"]:
+                    at = row["turn"]["at"]
+                    panels[1].plot(x[at], quality[at], "o", markersize=14, mfc="none", mec=FG)
         names = ("proxy: the reward model's score", "true quality")
         for axes, name in zip(panels, names):
             axes.set_title(name, loc="left")
             axes.set_xlabel("√KL from the start, nats per response")
-        _legend(figure, panels[0], "")
+            # What is too near to the start for a fit shall look near, not fill the axis.
+            axes.set_xlim(right=max(axes.get_xlim()[1], np.sqrt(NATS)))
+        _legend(figure, panels[0], "", columns)
         return svg(figure, "kl", "Reward and true quality against the square root of KL")
+
+
+def _middle_cut(name: str, width: int) -> str:
+    """A name of at most `width` characters that keeps its end, where settings stand."""
+    half = width // 2
+    return name if len(name) <= width else f"{name[: width - half - 1]}…{name[-half:]}"
 
 
 # ---- rounds ----------------------------------------------------------------------------------------------------
@@ -160,7 +185,7 @@ def rounds_figure(
             axes.set_title(name, loc="left")
             axes.set_xlabel("rounds done")
             axes.set_xticks(sorted({row["round"] for made in rows.values() for row in made}))
-        _legend(figure, panels[0], "")
+        _legend(figure, panels[0], "", 3)
         return svg(figure, "rounds", "Win rate and true quality after each round")
 
 
@@ -176,8 +201,18 @@ def _by_seed(rows: Iterable[Mapping[str, Any]], key: str) -> Iterable[tuple[np.n
 # ---- shared ----------------------------------------------------------------------------------------------------
 
 
+def _nested(count: int) -> list[float]:
+    """Widths by which lines can be told apart where they cover each other: each leaves a rim of the one below it."""
+    return [1.2 + min(1.6, 5.0 / count) * above for above in range(count - 1, -1, -1)]
+
+
 def _bundle(
-    axes: Axes, lines: Sequence[tuple[np.ndarray, np.ndarray]], color: str, label: str, marker: str = ""
+    axes: Axes,
+    lines: Sequence[tuple[np.ndarray, np.ndarray]],
+    color: str,
+    label: str,
+    marker: str = "",
+    width: float = 2.0,
 ) -> None:
     """Thin lines, and their mean over the places that all of them have, thick and in the legend."""
     if not lines:
@@ -188,7 +223,7 @@ def _bundle(
     common = sorted(set.intersection(*(set(x.tolist()) for x, _ in lines)))
     tables = [dict(zip(x.tolist(), y.tolist())) for x, y in lines]
     mean = [np.mean([table[x] for table in tables]) for x in common]
-    axes.plot(common, mean, color=color, lw=2.0, label=label, marker=marker, markersize=4.5)
+    axes.plot(common, mean, color=color, lw=width, label=label, marker=marker, markersize=4.5)
 
 
 def scientific(value: float) -> str:
@@ -197,11 +232,11 @@ def scientific(value: float) -> str:
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
-def _legend(figure: Figure, axes: Axes, title: str) -> None:
+def _legend(figure: Figure, axes: Axes, title: str, columns: int = 6) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if title:
         labels = [f"{title} {label}" if index == 0 else label for index, label in enumerate(labels)]
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(6 if title else 3, len(labels)))
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(labels)))
 
 
 def _numbers(values: Sequence[float | None]) -> np.ndarray:

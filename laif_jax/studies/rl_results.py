@@ -10,7 +10,7 @@ from laif_jax.config import StudyConfig, expand_arms
 from laif_jax.records import read_jsonl
 from laif_jax.stages.rounds import was_begun
 from laif_jax.studies.graph import Node, Outcome
-from laif_jax.studies.kl_reward import sqrt_fit, turn
+from laif_jax.studies.kl_reward import analysed
 from laif_jax.studies.laif import Replicate
 from laif_jax.studies.rl_figures import scientific
 
@@ -178,21 +178,9 @@ def _settings(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         mean = {
             name: _mean([run["eval"] for run in group], name) for name in ("kl", "reward", "true_quality")
         }
-        quality = mean["true_quality"]
-        peak = turn(mean["kl"], quality) if quality else None
         label = f"KL coefficient {coef:g}, rate {scientific(rate)}"
-        made.append(
-            {
-                "arm": arm,
-                "kl_coef": coef,
-                "learning_rate": rate,
-                "seeds": [run["seed"] for run in group],
-                "label": f"{arm}: {label}" if several else label,
-                **mean,
-                "fit": sqrt_fit(mean["kl"], mean["reward"]),
-                "turn": peak,
-            }
-        )
+        row = {"arm": arm, "kl_coef": coef, "learning_rate": rate, "seeds": [run["seed"] for run in group]}
+        made.append(analysed({**row, "label": f"{arm}: {label}" if several else label, **mean}))
     return made
 
 

@@ -4,10 +4,13 @@ import html.parser
 import json
 import re
 import warnings
+from typing import Any
 
+import numpy as np
 import pytest
 
 from laif_jax.studies import figures, report, rl_figures, svg
+from laif_jax.studies.kl_reward import analysed
 from laif_jax.studies.table import ranked_comparisons, results_table
 from tests.studies import fake_rl
 from tests.studies.fake import ARMS, fake_curves, fake_results, fake_samples
@@ -294,6 +297,68 @@ def test_a_study_without_them_shows_none_of_it():
     page = report.render(fake_results(), fake_curves(), fake_samples())
     for title in ("Reward models", "Reinforcement learning", "Rounds", "Best of n"):
         assert f"<h2>{title}</h2>" not in page
+
+
+def kl_run(label: str, kl: list[float], quality: list[float] | None = None) -> dict[str, Any]:
+    reward = [0.1 * place for place in range(len(kl))]
+    return analysed({"label": label, "kl": kl, "reward": reward, "true_quality": quality})
+
+
+def legend_of(figure: str) -> dict[str, tuple[float, float]]:
+    """The legend's entries and where they begin."""
+    part = figure[figure.index('id="kl-legend_1"') :]
+    found = re.findall(r'<text[^>]* x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]+)</text>', part)
+    return {html.unescape(text): (float(x), float(y)) for x, y, text in found}
+
+
+@pytest.mark.parametrize("quality", [None, [0.5, 0.6, 0.7, 0.8]])
+def test_every_run_is_in_the_legend_and_inside_the_figure(quality):
+    start = "a-rather-long-name-of-an-arm-of-the-study"
+    labels = [f"{start}: KL coefficient {coef:g}, rate 1.41e-5" for coef in (0, 0.02, 0.05, 0.1, 0.2)]
+    runs = [kl_run(label, [0.0, 0.01, 0.02, 0.0], quality) for label in labels[:3]]
+    runs += [kl_run(label, [0.0, 1.0, 2.0, 3.0], quality) for label in labels[3:]]
+    figure = rl_figures.kl_figure(runs)
+    entries = legend_of(figure)
+    width, height = map(float, re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', figure)[0])
+    reasons = [" (no fit: KL moved by less than 0.1 nats)" in text for text in entries]
+    assert reasons == [True, True, True, False, False]
+    for label, (text, (x, y)) in zip(labels, entries.items(), strict=True):
+        assert label[-26:] in text  # a name that is cut keeps the settings
+        assert x + 5.5 * len(text) < width
+        assert 0 < y < height / 2
+
+
+def test_a_turn_is_marked_on_the_runs_line():
+    kl = np.linspace(0, 30, 16)
+    quality = 0.8 + 0.06 * np.sqrt(kl) - 0.0075 * kl
+    figure = rl_figures.kl_figure([kl_run("run", kl.tolist(), quality.tolist())])
+    marks = re.findall(r'<use xlink:href="#([^"]+)" x="([\d.]+)" y="([\d.]+)" style="([^"]+)"', figure)
+    (ring,) = [(x, y) for _, x, y, style in marks if "fill-opacity: 0" in style]
+    assert ring in [(x, y) for _, x, y, style in marks if "fill: #" in style]
+
+
+def test_runs_that_cover_each_other_have_lines_of_different_widths():
+    run = kl_run("a", [0.0, 1.0, 2.0, 3.0])
+    figure = rl_figures.kl_figure([run, {**run, "label": "b"}, {**run, "label": "c"}])
+    panel = figure[: figure.index('id="kl-legend_1"')]
+    style = r'style="fill: none; stroke: (#[0-9a-f]{6}); stroke-width: ([\d.]+); stroke-linecap'
+    widths = dict(re.findall(style, panel))
+    assert len(widths) == 3
+    drawn = [float(width) for width in widths.values()]
+    assert drawn == sorted(set(drawn), reverse=True)
+
+
+def test_a_page_of_an_older_study_draws_no_line_through_noise():
+    row = kl_run("x", [0.0, -0.01, -0.006, 0.006])
+    old = row | {
+        "fit": {"slope": -3.64, "intercept": -0.13, "r2": 0.31, "n": 4, "max_kl": 0.0057},
+        "arm": "a",
+    }
+    del old["no_fit"]
+    found = fake_rl.fake_reinforced() | {"kl_reward": [old | {"seeds": [0]}]}
+    page = report.render({**fake_results(), **found}, {}, [])
+    assert "-3.64" not in page
+    assert page.count("KL moved by less than 0.1 nats") == 2  # in the legend and in the table
 
 
 def test_figures_without_data_are_none():
