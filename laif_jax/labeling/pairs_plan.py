@@ -16,7 +16,7 @@ from laif_jax.labeling.judge import JudgeWork
 from laif_jax.labeling.local_servers import weights_id
 from laif_jax.labeling.pair_files import read_pairs
 from laif_jax.labeling.pairs import Tier, tiers_of
-from laif_jax.labeling.plan import ESTIMATED, Plan, PlanRow, show_plan, tokens_of
+from laif_jax.labeling.plan import ESTIMATED, Plan, PlanRow, check_askable, show_plan, tokens_of
 from laif_jax.labeling.prices import need_price
 from laif_jax.labeling.probe import probe_set, today
 from laif_jax.labeling.scheduler import Outcome, stored_outcome
@@ -39,8 +39,8 @@ def plan_pairs(config: LabelConfig) -> PairsPlan:
     """Counts a run's calls one by one, without those whose answer is in the store. Sends nothing.
 
     Raises:
-      DataError, CriticError, EndpointError: as `label_pairs`; also EndpointError if there is a budget, and a model
-        without a price.
+      DataError, CriticError, EndpointError: as `label_pairs`; also EndpointError if the provider cannot answer as the
+        critic needs it, or if there is a budget and a model without a price.
     """
     comparisons = [pair.comparison for pair in read_pairs(config.pairs, labels=False)]
     rows, probe = [], config.labeling.probe
@@ -48,6 +48,7 @@ def plan_pairs(config: LabelConfig) -> PairsPlan:
     store = _open(config.labeling)
     try:
         for number, tier in enumerate(tiers_of(config)):
+            check_askable(tier.spec, tier.critic)
             row = _row("critic", tier, comparisons, config.seed, store)
             if number:
                 row.bound(STRONG)

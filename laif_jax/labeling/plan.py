@@ -12,7 +12,9 @@ from typing import Any
 
 from laif_jax.config import EndpointSpec
 from laif_jax.labeling.budget import longest_completion, show_money
+from laif_jax.labeling.calls import Call, Endpoint
 from laif_jax.labeling.critic import Critic
+from laif_jax.labeling.errors import EndpointError
 from laif_jax.labeling.prices import Price, cost, price_of
 from laif_jax.records import Usage
 
@@ -143,6 +145,18 @@ class Plan:
             "seconds": self.seconds,
             "notes": [*self.notes, *self.reasons],
         }
+
+
+def check_askable(spec: EndpointSpec, critic: Critic) -> None:
+    """Raises `EndpointError` if a provider can never answer a critic as it needs to be answered, such as without
+    log-probs."""
+    if spec.provider not in ("openai", "anthropic", "google"):
+        return
+    endpoint = Endpoint.from_spec(spec)
+    try:
+        Call(endpoint, ({"role": "user", "content": "?"},), critic.params)
+    except EndpointError as error:
+        raise EndpointError(f"critic {critic.name!r} at {endpoint.name}: {error}") from error
 
 
 def tokens_of(texts: Iterable[str]) -> int:

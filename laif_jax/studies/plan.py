@@ -15,7 +15,7 @@ from laif_jax.data.readers import resolve
 from laif_jax.data.sources import load_prompts
 from laif_jax.evaluation.agreement import read_human_labels
 from laif_jax.labeling.critic import Critic, instruction_text, load_critic
-from laif_jax.labeling.plan import ESTIMATED, Plan, PlanRow, fixed_tokens, show_plan, tokens_of
+from laif_jax.labeling.plan import ESTIMATED, Plan, PlanRow, check_askable, fixed_tokens, show_plan, tokens_of
 from laif_jax.labeling.probe import probe_set
 from laif_jax.labeling.revise import load_reviser
 from laif_jax.records import Prompt
@@ -87,6 +87,7 @@ class _Planner:
                 who = f"{name} > {voice.endpoint}"
                 reasons.append(STRONG)
             critic = load_voice(voice)
+            check_askable(self.config.endpoints[voice.endpoint], critic)
             self.voices.setdefault((voice.endpoint, critic.hash), (who, voice, critic))
             row = self.row(role, who, voice.endpoint, critic.name)
             add_verdicts(row, critic, voice.order, shown)
@@ -98,6 +99,7 @@ class _Planner:
     ) -> None:
         """Adds a critic's ratings of every rollout of a PPO run, and of the evaluations on held-out prompts."""
         critic = load_critic(spec.critic)
+        check_askable(self.config.endpoints[spec.endpoint], critic)
         row = self.row("reward", name, spec.endpoint, critic.name)
         row.bound(RATED)
         asked = ppo.iterations * ppo.batch_size * ppo.sampling.samples
