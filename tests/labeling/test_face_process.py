@@ -144,8 +144,9 @@ def test_nothing_that_a_run_leaves_behind_holds_a_key_or_the_token(tmp_path: Pat
 
     with fake_endpoint(reply) as server:
         env = {"CANARY_KEY": CANARY, "LAIF_LABEL_TOKEN": TOKEN}
-        entry = {"provider": "openai", "base_url": server.url, "model": "fake", "api_key_env": "CANARY_KEY"}
-        entry |= {"max_attempts": 2, "concurrency": 1, "prompt_price": 1.0, "completion_price": 1.0}
+        entry: dict = {"provider": "openai", "base_url": server.url, "model": "fake"}
+        entry |= {"api_key_env": "CANARY_KEY", "max_attempts": 2, "concurrency": 1}
+        entry |= {"prompt_price": 1.0, "completion_price": 1.0}
         listed = tmp_path / "endpoints.yaml"
         listed.write_text(json.dumps({"endpoints": {"fake": entry}}))
         options = ("--host", "0.0.0.0", "--log", "json", "--budget", "5USD", "--endpoints", str(listed))
