@@ -10,6 +10,7 @@ from laif_jax.labeling.providers.batch_apis import make_batches
 from laif_jax.labeling.providers.cassette import RecordTransport, ReplayTransport
 from laif_jax.labeling.providers.google import GoogleTransport
 from laif_jax.labeling.providers.ledger import Ledger, SqlLedger
+from laif_jax.labeling.providers.local import LocalTransport, is_local
 from laif_jax.labeling.providers.openai import OpenAITransport, PlainTransport
 from laif_jax.labeling.providers.remote import RemoteProvider, Transport
 from laif_jax.labeling.providers.simulated import SimulatedProvider
@@ -60,7 +61,9 @@ def make_transport(endpoint: Endpoint) -> Transport:
         transport = AnthropicTransport(endpoint, key)
     elif endpoint.provider == "google":
         transport = GoogleTransport(endpoint, key)
+    elif endpoint.client == "sdk":
+        transport = OpenAITransport(endpoint, key)
     else:
-        kind = PlainTransport if endpoint.client == "plain" else OpenAITransport
+        kind = LocalTransport if is_local(endpoint.base_url or "") else PlainTransport
         transport = kind(endpoint, key)
     return RecordTransport(endpoint.cassette, transport) if endpoint.cassette else transport
