@@ -256,9 +256,10 @@ def test_a_write_that_the_system_refuses_is_a_clear_error_and_the_last_good_one_
     assert_is_step(restore(tmp_path), 2)
 
 
-def _assert_kills_change_nothing(out: Path, kills: int, seed: int) -> None:
-    command = [sys.executable, "-m", "tests.training.killed_run", str(out), str(kills), str(seed)]
-    env = os.environ | {"XLA_FLAGS": ""}
+def _assert_kills_change_nothing(out: Path, kills: int, seed: int, *what: str, module="killed_run") -> None:
+    command = [sys.executable, "-m", f"tests.training.{module}", str(out), str(kills), str(seed), *what]
+    env = os.environ | {"XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(out / "cache")}
+    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     with np.load(out / "calm" / "params.npz") as calm, np.load(out / "killed" / "params.npz") as killed:
@@ -277,6 +278,12 @@ def test_a_run_killed_at_random_moments_ends_in_the_same_bits(tmp_path):
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_a_run_killed_many_times_ends_in_the_same_bits(tmp_path, seed):
     _assert_kills_change_nothing(tmp_path, kills=12, seed=seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_tuning_from_the_data_pipeline_killed_ten_times_ends_in_the_same_bits(tmp_path, kind):
+    _assert_kills_change_nothing(tmp_path, 10, 7, kind, module="killed_tuned")
 
 
 # ---- in a bucket -----------------------------------------------------------------------------------------------

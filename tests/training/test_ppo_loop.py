@@ -179,12 +179,13 @@ def test_weights_and_rewards_that_do_not_match_are_told():
         run_ppo(options, models(options), task(weights={"eights": 1.0}), "unused", seed=0)
 
 
-def test_runs_killed_at_any_moment_end_bitwise_where_calm_ones_do(tmp_path):
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_runs_killed_at_any_moment_end_bitwise_where_calm_ones_do(tmp_path, kills):
     environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="")
     environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "cache")
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    command = [sys.executable, "-m", "tests.training.killed_ppo", str(tmp_path), "3", "1"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    command = [sys.executable, "-m", "tests.training.killed_ppo", str(tmp_path), str(kills), "1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     calm, killed = (np.load(tmp_path / name / "params.npz") for name in ("calm", "killed"))
     assert set(calm.files) == set(killed.files)
