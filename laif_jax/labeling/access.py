@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import ipaddress
 import json
+import math
 import os
 import time
 from collections import OrderedDict
@@ -132,8 +133,8 @@ def add_access(parser: argparse.ArgumentParser) -> None:
 
 def limits_of(options: argparse.Namespace) -> Limits:
     """Raises `LabelServiceError` for a limit that lets nothing through."""
-    if options.max_body <= 0 or options.max_rate <= 0:
-        raise LabelServiceError("--max-body and --max-rate must be positive")
+    if not (0 < options.max_body < math.inf and 0 < options.max_rate < math.inf):
+        raise LabelServiceError("--max-body and --max-rate must be positive numbers")
     return Limits(int(options.max_body * 2**20), options.max_rate, max(1, int(5 * options.max_rate)))
 
 

@@ -1,5 +1,6 @@
 """Who may speak to the service, how much and how often; and what an error looks like."""
 
+import argparse
 import contextlib
 import http.client
 import socket
@@ -10,7 +11,15 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from laif_jax.labeling.access import Bucket, Limits, is_loopback, need_token, read_token
+from laif_jax.labeling.access import (
+    Bucket,
+    Limits,
+    add_access,
+    is_loopback,
+    limits_of,
+    need_token,
+    read_token,
+)
 from laif_jax.labeling.api import create_app
 from laif_jax.labeling.client import LabelClient
 from laif_jax.labeling.errors import LabelServiceError
@@ -132,6 +141,16 @@ def test_many_requests_are_refused_and_the_client_waits(tmp_path: Path) -> None:
         assert [answer.status_code for answer in answers] == [200, 200, 429, 429]
         assert Problem.model_validate(answers[3].json()).kind == "too_many_requests"
         assert 8 <= int(answers[3].headers["retry-after"]) <= 11
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+@pytest.mark.parametrize("option", ["--max-body", "--max-rate"])
+def test_a_limit_that_is_none_is_refused(option: str, value: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_access(parser)
+    assert limits_of(parser.parse_args([])) == Limits()
+    with pytest.raises(LabelServiceError, match="positive"):
+        limits_of(parser.parse_args([f"{option}={value}"]))
 
 
 def test_a_bucket_fills_with_time() -> None:
