@@ -211,6 +211,8 @@ def _add_jobs(app: FastAPI, store: Store, live: Live, *, trusting: bool, allowed
 
 
 def _add_counts(app: FastAPI, store: Store, live: Live, *, trusting: bool) -> None:
+    counting = asyncio.Lock()
+
     @app.get("/health", tags=["service"], summary="Is it up?")
     async def health() -> Health:
         """Needs no token, for load balancers; where others are asked for one, the store's place is not told."""
@@ -223,8 +225,10 @@ def _add_counts(app: FastAPI, store: Store, live: Live, *, trusting: bool) -> No
 
     @app.get("/v1/stats", tags=["service"], summary="Counts over the whole store")
     async def stats() -> Stats:
-        """Exact, so it reads the whole store: on millions of rows it takes seconds. `/v1/overview` is cheaper."""
-        return Stats.model_validate(await asyncio.to_thread(store.stats))
+        """Exact, so it reads the whole store: on millions of rows it takes seconds, and the next one who asks waits.
+        `/v1/overview` is cheaper."""
+        async with counting:  # or a few who ask at once would take all threads from those who work
+            return Stats.model_validate(await asyncio.to_thread(store.stats))
 
 
 def _refuse_strangers(request: Request, trusting: bool) -> None:

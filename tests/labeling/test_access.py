@@ -1,9 +1,11 @@
 """Who may speak to the service, how much and how often; and what an error looks like."""
 
 import argparse
+import concurrent.futures
 import contextlib
 import http.client
 import socket
+import time
 from collections.abc import Generator
 from pathlib import Path
 
@@ -232,6 +234,25 @@ def test_a_real_service_behind_a_token(tmp_path: Path) -> None:
         process.terminate()
         assert process.wait(60) == 0
     assert TOKEN.encode() not in b"".join(f.read_bytes() for f in tmp_path.rglob("*") if f.is_file())
+
+
+def test_exact_counts_are_read_one_at_a_time(tmp_path: Path, monkeypatch) -> None:
+    """Each reads the whole store: many at once would take the threads that answers are read with."""
+    store, at_once, most = Store(tmp_path), [], []
+    read = store.stats
+
+    def slow():
+        at_once.append(1)
+        most.append(len(at_once))
+        time.sleep(0.05)
+        at_once.pop()
+        return read()
+
+    monkeypatch.setattr(store, "stats", slow)
+    with TestClient(create_app(store)) as client, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: client.get("/v1/stats").status_code, range(4)))
+    assert answers == [200] * 4
+    assert max(most) == 1
 
 
 def test_strangers_learn_nothing_of_the_stores_place(tmp_path: Path) -> None:
