@@ -372,8 +372,8 @@ verb_status() {
   on_all "$(worker status "$RUN")" | sort
 }
 
-verb_stop() {
-  on_all "$(worker stop "$RUN" "$GRACE")" || die 69 "not every worker could be reached, see above; the run may go on there"
+verb_stop() { # a watcher elsewhere hears of it, and ends
+  on_all "$(worker stop "$RUN" "$GRACE" for-good)" || die 69 "not every worker could be reached, see above; the run may go on there"
 }
 
 verb_delete() {
@@ -387,7 +387,8 @@ verb_delete() {
 
 # ---- run --watch -------------------------------------------------------------------------------------------------
 
-# One word for the run on all workers: never, running, done, resume, mixed, unreachable, or failed or killed and a code.
+# One word for the run on all workers: never, running, done, resume, stopped, mixed, unreachable; or failed or killed, and a
+# code.
 run_state() {
   local out node count expected=0 lines
   if [[ -n $DRY ]]; then
@@ -421,6 +422,8 @@ summary() { # OUTPUT EXPECTED
     echo running
   elif ((running > 0)); then
     echo mixed # some have ended: the others soon will, by themselves, or must be stopped
+  elif grep -q '^state=stopped' <<<"$1"; then
+    echo stopped
   elif [[ -n $bad ]] && ((bad < 128)); then
     echo "failed $bad"
   elif [[ -n $bad ]]; then
@@ -528,10 +531,11 @@ watch_run() { # COMMAND...
     case $state in
       done) say "\`$RUN\` is done" && return 0 ;;
       running) ;;
+      stopped) say "\`$RUN\` was stopped; the same command goes on with it" && return "$RESUME" ;;
       unreachable) ((silent < 20)) || die 69 "the workers of $NAME have not answered $silent times, though the slices are ready" ;;
       mixed)
         # A lost worker ends the others within a minute or two, by their heartbeat.
-        ((mixed < 5)) || { say "part of the workers ended and the rest did not: stopping them" && verb_stop; }
+        ((mixed < 5)) || { say "part of the workers ended and the rest did not: stopping them" && on_all "$(worker stop "$RUN" "$GRACE")" >&2; }
         ;;
       never | resume)
         say "starting \`$RUN\` again; it goes on from its last checkpoint"

@@ -8,6 +8,7 @@
 #               number which the system has given to another process since is never taken for it
 #   supervisor  the same of the process that waits for it and leads its process group
 #   exit        the exit code, once it has ended
+#   stopped     is there if somebody wanted it stopped
 set -euo pipefail
 
 HOME_OF_CODE="${LAIF_HOME:-$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)}"
@@ -19,9 +20,11 @@ usage() {
   cat <<'TEXT'
 usage: tpu_worker.sh install CODE_ID          install the code beside this script, with pinned requirements and jax[tpu]
        tpu_worker.sh start NAME -- COMMAND    start COMMAND in the background as the run NAME
-       tpu_worker.sh status NAME              one line: state=never|running|finished|lost, and more
+       tpu_worker.sh status NAME              one line: state=never|running|finished|stopped|lost, and more
        tpu_worker.sh log NAME [LINES] [follow]
-       tpu_worker.sh stop NAME [SECONDS]      SIGTERM to the recorded process; SIGKILL to its group after SECONDS (120)
+       tpu_worker.sh stop NAME [SECONDS [for-good]]
+                                              SIGTERM to the recorded process; SIGKILL to its group after SECONDS (120);
+                                              for-good: who watches the run shall not start it again
        tpu_worker.sh busy                     exit code 0 and a line if a run is running here
        tpu_worker.sh environment              what `start` tells JAX about the pod
 TEXT
@@ -125,7 +128,7 @@ start() { # NAME -- COMMAND...
   folder=$RUNS/$name
   mkdir -p "$folder"
   if pid=$(alive "$folder/pid"); then fail 3 "run \`$name\` is running already, as process $pid; stop it first"; fi
-  rm -f "$folder/pid" "$folder/supervisor" "$folder/exit"
+  rm -f "$folder/pid" "$folder/supervisor" "$folder/exit" "$folder/stopped"
   printf '%q ' "$@" >"$folder/command"
   # Asked for in its own statement, so that a failure ends the script.
   line=$(pod_environment)
@@ -188,6 +191,8 @@ status() { # NAME
   local folder=$RUNS/$1 pid
   if pid=$(alive "$folder/pid"); then
     echo "state=running worker=$(hostname) pid=$pid"
+  elif [[ -f $folder/exit && -f $folder/stopped ]]; then
+    echo "state=stopped worker=$(hostname) exit=$(cat "$folder/exit")"
   elif [[ -f $folder/exit ]]; then
     echo "state=finished worker=$(hostname) exit=$(cat "$folder/exit")"
   elif alive "$folder/supervisor" >/dev/null; then
@@ -199,8 +204,9 @@ status() { # NAME
   fi
 }
 
-stop() { # NAME SECONDS
+stop() { # NAME SECONDS for-good
   local folder=$RUNS/$1 grace=${2:-120} pid leader waited=0
+  if [[ ${3:-} == for-good && -d $folder ]]; then touch "$folder/stopped"; fi
   if ! pid=$(alive "$folder/pid"); then
     echo "$(hostname): run \`$1\` is not running"
     return

@@ -351,6 +351,17 @@ def test_watch_bears_a_service_that_fails_now_and_then(cloud):
     cloud.run("run", "--watch", *POLL, "--", *script(cloud, COUNT))
 
 
+def test_watch_ends_when_the_run_is_stopped_by_hand(cloud):
+    text = 'trap "exit 75" TERM; touch $BUCKET/up.$JAX_PROCESS_ID; while :; do sleep 0.05; done'
+    watch = cloud.start("run", "--watch", *POLL, "--", *script(cloud, text))
+    wait_for(lambda: all((cloud.cloud / "bucket" / f"up.{i}").exists() for i in range(2)))
+    cloud.run("stop")
+    _, err = watch.communicate(timeout=60)
+    assert watch.returncode == 75
+    assert "was stopped; the same command goes on with it" in err
+    assert cloud.run("status").stdout.count("state=stopped") == 2
+
+
 def test_watch_gives_up_after_the_recreations_that_were_allowed(cloud):
     watch = cloud.start("run", "--watch", *POLL, "--recreations", "0", "--", "sleep", "100")
     wait_for(
