@@ -19,10 +19,10 @@ from laif_jax.models import moe
 from laif_jax.models.arch import ModelConfig
 from laif_jax.models.attention import Visibility, fused_applies, visibility
 from laif_jax.models.blocks import KV, Block, Layers, Norm, Remat, Shared, initializer, stream
+from laif_jax.models.embedding import look_up
 from laif_jax.models.rope import rope_tables
 from laif_jax.models.sharding import compiler_partitioned, spec_of
 from laif_jax.models.specs import ParamSpec, Specs, block_specs, param_specs
-from laif_jax.parallel.rules import constrain
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -56,8 +56,10 @@ def init_tree(
 
 
 def _embed(params: Params, cfg: ModelConfig, tokens: Array, dtype: Any) -> Array:
-    # Gathered over its width first, as every other weight is: rows then come out sharded as the tokens are.
-    x = constrain(params["embed"]["embedding"], "vocab", None)[tokens].astype(dtype)
+    table = params["embed"]["embedding"]
+    if tokens.shape[1] > 1:  # not in decoding: the gradients of a token are summed in float32
+        table = table.astype(jnp.float32)
+    x = look_up(table, tokens, dtype)
     return stream(x * jnp.asarray(math.sqrt(cfg.hidden_size), dtype) if cfg.embed_scale else x)
 
 

@@ -1,7 +1,7 @@
 """A tiny decoder, documents and pairs, laid out as batches in many ways that must all train alike."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -127,9 +127,9 @@ def pair_batch(
     return {k: np.concatenate([part[k] for part in grown]) for k in grown[0]}
 
 
-def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, axis_type: str = "auto") -> Mesh:
-    spec = MeshSpec(data=data, fsdp=fsdp, tensor=tensor, axis_type=axis_type)
-    return make_mesh(spec, jax.devices()[: data * fsdp * tensor])
+def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, expert: int = 1, axis_type: Any = "auto") -> Mesh:
+    spec = MeshSpec(data=data, fsdp=fsdp, tensor=tensor, expert=expert, axis_type=axis_type)
+    return make_mesh(spec, jax.devices()[: data * fsdp * tensor * expert])
 
 
 def fresh_state(task, on: Mesh, optimizer: OptimizerSpec = PLAIN, **options) -> TrainState:
@@ -148,10 +148,12 @@ def make_step(task, state: TrainState, batch: dict, on: Mesh, optimizer: Optimiz
     )
 
 
-def update(task, batch: dict, on: Mesh | None = None, **numbers: float) -> tuple[TrainState, dict]:
-    """One plain update from the fixed weights: (state, metrics)."""
+def update(
+    task, batch: dict, on: Mesh | None = None, params: dict | None = None, **numbers: float
+) -> tuple[TrainState, dict]:
+    """One plain update from the fixed weights, or from `params`: (state, metrics)."""
     on = on or mesh()
-    state = fresh_state(task, on)
+    state = fresh_state(task, on, params=params)
     hyper = (
         optimizer_hyper(PLAIN) | {"clip_norm": np.inf, "learning_rate": 0.1} | dict(task.numbers) | numbers
     )
