@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import metadata
 from pathlib import Path
 
@@ -87,7 +89,8 @@ def test_versions_that_do_not_fit_are_named(monkeypatch, fake, words):
     assert any(words in item.what and item.level == "fails" and "pip install" in item.do for item in findings)
 
 
-def test_a_package_that_cannot_be_imported_is_named_and_the_others_still_tried(tmp_path):
+def test_a_package_that_cannot_be_imported_is_named_and_the_others_still_tried(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor_machine, "IMPORTED", "json grain optax yaml")
     write(tmp_path / "optax.py", "raise ImportError('optax was built for another Python')")
     write(tmp_path / "grain.py", "import sys; sys.exit(3)")
     here = Here(environ={**os.environ, "PYTHONPATH": str(tmp_path)})
@@ -154,19 +157,6 @@ def test_a_google_machine_without_chips_has_none(tmp_path):
 )
 def test_devices_that_cannot_be_used(tmp_path, answer, words):
     said(doctor_machine.devices(machine(tmp_path, answer)), "fails", words)
-
-
-def test_simulated_devices_and_a_bare_cpu_are_told():
-    here = Here(
-        environ={
-            **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-            "JAX_PLATFORMS": "cpu",
-        }
-    )
-    found = doctor_machine.devices(here)
-    assert found[0]["count"] == 4
-    said(found, "note", "simulated")
 
 
 def test_memory_is_the_containers_where_that_is_less(tmp_path):
@@ -402,11 +392,24 @@ def test_keys_and_services_that_are_not_there(tmp_path):
     said(found, "fails", "NO_SUCH_TOKEN, which is not set")
 
 
-def test_a_service_that_answers_is_no_finding(tmp_path):
-    from laif_jax.labeling.service import start_service
+def test_a_service_that_answers_is_no_finding():
+    class Answering(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/health" else 404)
+            self.end_headers()
+            self.wfile.write(b'{"status": "ok"}')
 
-    with start_service(tmp_path / "store") as service:
-        assert silent(doctor_config.services(config(f"labeling.url='{service.url}'"), Here()))
+        def log_message(self, *_):
+            """Quiet."""
+
+    server = HTTPServer(("127.0.0.1", 0), Answering)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert silent(doctor_config.services(config(f"labeling.url='{url}'"), Here()))
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------
@@ -449,6 +452,7 @@ def test_the_command_says_what_is_here_and_ends_with_0_or_1(capsys, monkeypatch,
     assert told["mesh"]["axes"]["fsdp"] == 8
     assert told["versions"]["jax"] == metadata.version("jax")
     assert {finding["level"] for finding in told["findings"]} <= {"slow", "note"}
+    assert any("8 devices are simulated" in finding["what"] for finding in told["findings"])
     monkeypatch.setattr(doctor, "isolated", lambda name, probe: ({}, [Finding("fails", name, "No.")]))
     assert main(["doctor"]) == 1
     assert "Something here will fail" in capsys.readouterr().out

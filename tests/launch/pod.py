@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -106,3 +107,29 @@ class Cloud:
                     os.killpg(int(record.read_text().split()[0]), 9)
                 except ProcessLookupError:
                     continue
+
+
+def real_gcloud() -> str | None:
+    """The Google Cloud CLI, if it is installed here."""
+    found = shutil.which("gcloud")
+    return (
+        found if found and Path(found).resolve().parent.parent.joinpath("lib", "surface").is_dir() else None
+    )
+
+
+def no_account(command: Sequence[str], folder: Path) -> tuple[int, str]:
+    """(exit code, errors) of the real gcloud in a configuration without any account, far from any service.
+
+    It reads the arguments, then refuses: exit code 2 is a wrong argument, 1 is that there is no account.
+    """
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "CLOUDSDK_CONFIG": str(folder / "config")}
+    switches = {"CHECK_GCE_METADATA": "false", "DISABLE_PROMPTS": "1", "DISABLE_USAGE_REPORTING": "true"}
+    environment |= {f"CLOUDSDK_CORE_{name}": value for name, value in switches.items()}
+    services = ("TPU", "COMPUTE", "CONTAINER", "STORAGE", "IAM", "AIPLATFORM", "CLOUDRESOURCEMANAGER")
+    nowhere = "http://127.0.0.1:9/"
+    environment |= {f"CLOUDSDK_API_ENDPOINT_OVERRIDES_{name}": nowhere for name in services}
+    environment["CLOUDSDK_CORE_PROJECT"] = "project"
+    gcloud = real_gcloud()
+    assert gcloud is not None
+    done = subprocess.run([gcloud, *command], env=environment, capture_output=True, text=True)
+    return done.returncode, done.stderr
