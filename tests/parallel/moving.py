@@ -88,7 +88,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, force=True)
     try:
         with preemption.listening():
-            parallel.initialize(timeout=60, heartbeat=6)
+            parallel.initialize(timeout=60, heartbeat=10)
             run(Path(options.out), options.mesh, options.stop, tuple(options.die))
     except preemption.Preempted as notice:
         sys.stderr.write(f"{notice}\n")
