@@ -43,7 +43,7 @@ class Planted(Sequence[Comparison]):
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._made = lru_cache(maxsize=8192)(self._make)
+        self._made = lru_cache(maxsize=4096)(self._make)
 
     def __len__(self) -> int:
         return self._count

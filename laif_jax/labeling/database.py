@@ -29,7 +29,6 @@ PRAGMAS = (
     "cache_size=-4096",  # KiB. Of who reads: what others write empties it anyway
     # Committing does the rest of what `Checkpoints` does beside it: then the log starts anew.
     "wal_autocheckpoint=16000",
-    "mmap_size=268435456",
 )
 
 

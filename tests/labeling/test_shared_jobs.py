@@ -73,3 +73,27 @@ def test_a_job_that_is_run_again_elsewhere_is_never_called_done_here(place) -> N
         one.close()
 
     asyncio.run(run())
+
+
+def test_claims_run_ahead_of_the_calls_but_not_far(place) -> None:
+    """What is claimed when a worker dies counts as perhaps paid for: the queue is short, and never empty."""
+    endpoint = simulated(latency=0.05, concurrency=4)
+    job = JudgeJob(endpoint=endpoint, critic="laif_basic", comparisons=tuple(planted(400)), order="seeded")
+
+    async def run() -> None:
+        store = Store(place)
+        runner = Runner(store)
+        status = runner.submit(job.work())
+        seen = []
+        while status.state == "running" and len(seen) < 60:
+            await asyncio.sleep(0.01)
+            seen.append(store.left().get("in_flight", 0))
+            status = await runner.status(status.id)
+        runner.stop(status.id)
+        await settled(runner, status.id, "interrupted")
+        assert 4 < max(seen) <= 4 + 8 + 8  # under way, in the queue, and one claim
+        assert "in_flight" not in store.left()
+        await runner.close()
+        store.close()
+
+    asyncio.run(run())
