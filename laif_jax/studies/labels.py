@@ -22,7 +22,8 @@ from laif_jax.studies.quality import quality
 from laif_jax.studies.quality_report import write_quality_report
 
 TIERS = "two tiers"
-SAMPLES = 1000
+MOST_SAMPLES, LEAST_SAMPLES = 1000, 200  # resamples of the intervals
+_WORK = 2_000_000  # pairs x resamples: a few seconds; a report of many pairs must not take longer than asking for them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,10 +161,11 @@ def _quality(config: LabelConfig, done: LabelledFile) -> dict[str, Any]:
             read_store(store, judged, kinds=(PROBE,), critics=hashes)
         finally:
             store.close()
-    report = quality(judged, samples=SAMPLES)
+    samples = max(LEAST_SAMPLES, min(MOST_SAMPLES, _WORK // len(done.pairs)))
+    report = quality(judged, samples=samples)
     if len(done.said) > 1:
         # Apart: what both tiers gave together is no third critic who could agree with them.
-        both = quality(_together(done), samples=SAMPLES)
+        both = quality(_together(done), samples=samples)
         for name in ("critics", "verdicts", "warnings"):
             report[name] += both[name]
     return report

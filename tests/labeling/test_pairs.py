@@ -220,3 +220,31 @@ def test_what_cannot_work_is_told_before_anything_is_sent(tmp_path, capsys) -> N
     assert "labeling.url" in told
     assert "secret" not in told
     assert not (tmp_path / "labels").exists()
+
+
+@pytest.mark.parametrize("trouble", ["garbage_rate", "failure_rate"])
+def test_a_run_without_one_label_ends_with_a_report(tmp_path, capsys, trouble: str) -> None:
+    endpoint = {**simulated("small", SMALL, **{trouble: 1.0}), "max_attempts": 1}
+    path = write(tmp_path, endpoint=endpoint, pairs={"path": str(tmp_path / "pairs.jsonl"), "limit": 3})
+    assert main(["label", "run", path]) == 0
+    assert "3 pairs have no label" in capsys.readouterr().out
+    (critic,) = kept(tmp_path, "quality")["critics"]
+    assert critic["coverage"]["value"] == 0.0
+    assert "gave a label to only 0.0%" in (tmp_path / "labels-report" / "quality.html").read_text()
+
+
+def test_with_another_service_what_was_spent_is_its_to_tell(tmp_path, capsys) -> None:
+    from laif_jax.labeling import start_service
+
+    with start_service(tmp_path / "labels") as service:
+        path = write(tmp_path, labeling={"url": service.url, "poll": 0.02})
+        assert main(["label", "run", path, "pairs.limit=5"]) == 0
+        assert main(["label", "run", path, "pairs.limit=5"]) == 0
+    said = capsys.readouterr().out
+    assert "10 calls made, 0 answers from the store" in said
+    found = kept(tmp_path)
+    assert found["spending"]["spent"] is None
+    assert found["spending"]["planned"]["calls"] == 10  # it cannot be known what that store holds
+    assert any("labeling.url" in note for note in found["spending"]["notes"])
+    assert [run["spent"] for run in found["runs"]] == [None, None]
+    assert "Planned against spent" in (tmp_path / "labels-report" / "quality.html").read_text()
