@@ -6,7 +6,7 @@ of calls per second is not kept waiting. Connections are kept; as many are open 
 
 import asyncio
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 from laif_jax.labeling.calls import Endpoint
@@ -123,8 +123,8 @@ class _Connection(asyncio.Protocol):
     # ---- called by the event loop --------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # Not asked whether it is an asyncio.Transport: uvloop's, which the service runs on, is none by inheritance.
+        self._transport = cast(asyncio.Transport, transport)
         self._everyone.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
