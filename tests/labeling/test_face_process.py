@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import json
+import logging
 import signal
 import sqlite3
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from laif_jax.cli.main import main
 from laif_jax.labeling.calls import Endpoint
 from laif_jax.labeling.client import LabelClient
 from laif_jax.labeling.errors import LabelServiceError
@@ -213,6 +215,54 @@ def test_nothing_that_a_run_leaves_behind_holds_a_key_or_the_token(tmp_path: Pat
         for text in shown:
             assert secret not in text
     assert b"[key]" in b"".join(shown)
+
+
+def test_nothing_that_labelling_a_file_leaves_behind_holds_a_key(
+    tmp_path: Path, monkeypatch, caplog, capsys
+) -> None:
+    """The same for the command line: labels, log, store, quality report, and what is printed. The key is written plain,
+    and as JSON may write it."""
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("CANARY_KEY", CANARY)
+    left = tmp_path / "left"
+    left.mkdir()
+    escaped = "".join(f"\\u{ord(character):04x}" for character in CANARY)
+
+    def reply(number: int, request: dict) -> Reply:
+        if number % 4 == 0:
+            return Reply(status=400, body={"error": {"message": f"bad {CANARY}"}})
+        body = json.dumps(chat(f"Output (b), said KEY, as model {number}") | {"model": "KEY"})
+        return Reply(body=body.replace("KEY", CANARY if number % 2 else escaped).encode())
+
+    with fake_endpoint(reply) as server:
+        pairs = [{"prompt": f"Question {n}?", "a": f"no {n}", "b": f"yes {n}"} for n in range(8)]
+        (left / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+        entry = {"provider": "openai", "base_url": server.url, "model": "m", "api_key_env": "CANARY_KEY"}
+        entry |= {"client": "plain"}
+        config = {
+            "pairs": {"path": str(left / "pairs.jsonl")},
+            "labels": str(left / "labels.jsonl"),
+            "endpoint": entry,
+            "labeling": {"store": str(left / "store")},
+        }
+        (left / "label.yaml").write_text(json.dumps(config))
+        assert main(["label", "run", str(left / "label.yaml")]) == 0
+        assert main(["label", "stats", "--store", str(left / "store")]) == 0
+        options = ["--out", str(left / "quality"), "--samples", "20"]
+        assert main(["label", "quality", "--store", str(left / "store"), *options]) == 0
+    assert any(CANARY in headers.get("Authorization", "") for headers in server.headers)
+    printed = capsys.readouterr()
+    files = [path for path in left.rglob("*") if path.is_file()]
+    found = {path.name for path in files}
+    assert {"labels.jsonl", "labels.sqlite", "service.log", "quality.html", "quality.json"} <= found
+    assert (
+        "[key]" in (left / "labels.jsonl").read_text()
+        or b"[key]" in (left / "store/labels.sqlite").read_bytes()
+    )
+    for secret in (CANARY, escaped):
+        assert secret not in printed.out + printed.err + caplog.text
+        for path in files:
+            assert secret.encode() not in path.read_bytes(), path
 
 
 def test_a_service_for_others_does_not_start_without_a_token(tmp_path: Path) -> None:
