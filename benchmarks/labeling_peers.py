@@ -126,7 +126,7 @@ def measure(url: str, command: Sequence[str], out: Path) -> tuple[dict[str, Any]
     """(figures, answers) of one side.
 
     Raises:
-      RuntimeError: it failed; the message ends with what it said.
+      RuntimeError: it failed, and the message ends with what it said; or it did not answer everything.
     """
     httpx.post(f"{url}/reset").raise_for_status()
     with tempfile.TemporaryFile("w+") as said:
@@ -140,6 +140,10 @@ def measure(url: str, command: Sequence[str], out: Path) -> tuple[dict[str, Any]
             raise RuntimeError(f"{' '.join(command)} failed:\n{said.read()[-3000:]}")
     answers = [json.loads(line) for line in out.read_text().splitlines()]
     seen = httpx.get(f"{url}/stats").json()
+    if not all(answers) or seen["requests"] < len(answers):
+        raise RuntimeError(
+            f"{sum(map(bool, answers))} of {len(answers)} were answered by {' '.join(command)}"
+        )
     figures = {
         "throughput": round(seen["requests"] / seen["seconds"], 1),
         "requests": seen["requests"],
@@ -147,7 +151,6 @@ def measure(url: str, command: Sequence[str], out: Path) -> tuple[dict[str, Any]
         "seconds": round(seen["seconds"], 3),
         "total_seconds": round(total, 2),
         "cpu_seconds": round(used.ru_utime + used.ru_stime, 2),
-        "answers": sum(answer is not None for answer in answers),
     }
     return figures, answers
 
