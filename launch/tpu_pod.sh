@@ -154,9 +154,9 @@ ask() { # COMMAND...: its output; `absent` if there is no such thing; `unknown` 
   local out
   if out=$("$@" 2>"$SCRATCH/ask"); then
     printf '%s\n' "${out:-unknown}"
-  elif grep -q 'NOT_FOUND\|was not found\|does not exist' "$SCRATCH/ask"; then
+  elif grep -Eq 'NOT_FOUND|was not found|does not exist' "$SCRATCH/ask"; then
     echo absent
-  elif grep -q 'PERMISSION_DENIED\|active account\|invalid_grant\|has not been used in project\|SERVICE_DISABLED' "$SCRATCH/ask"; then
+  elif grep -Eq 'PERMISSION_DENIED|active account|invalid_grant|has not been used in project|SERVICE_DISABLED' "$SCRATCH/ask"; then
     cat "$SCRATCH/ask" >&2
     echo refused
   else
@@ -343,7 +343,7 @@ verb_run() {
   if [[ -n $WATCH ]]; then
     watch_run "$@"
   else
-    start_everywhere "$@" || die 69 "the run did not start on every worker, see above; \`stop\` ends it where it did"
+    start_everywhere "$@" || die 69 "the run did not start on every worker, see above. Was \`setup\` done? \`stop\` ends it where it did start"
     say "started; look with: launch/tpu_pod.sh logs --follow"
   fi
 }
@@ -412,10 +412,10 @@ summary() { # OUTPUT EXPECTED
   never=$(grep -c '^state=never' <<<"$1" || true)
   running=$(grep -c '^state=running' <<<"$1" || true)
   finished=$(grep -c '^state=finished .*exit=0$' <<<"$1" || true)
-  saved=$(grep -c "^state=lost\|^state=finished .*exit=$RESUME\$" <<<"$1" || true)
+  saved=$(grep -Ec "^state=lost|^state=finished .*exit=$RESUME\$" <<<"$1" || true)
   # A worker that ended with an error takes the others along, with 75; it alone says what happened. Of a worker that was
   # killed (128 and more) the cause is outside of the run: memory, or the machine.
-  bad=$(sed -n 's/^state=finished .*exit=\([0-9]*\)$/\1/p' <<<"$1" | grep -vx "0\|$RESUME" | sort -n | head -n 1 || true)
+  bad=$(sed -n 's/^state=finished .*exit=\([0-9]*\)$/\1/p' <<<"$1" | grep -Evx "0|$RESUME" | sort -n | head -n 1 || true)
   if ((never == all)); then
     echo never
   elif ((running == all)); then

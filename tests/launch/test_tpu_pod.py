@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -176,6 +177,28 @@ def test_the_same_command_starts_on_all_workers_and_each_knows_its_place(cloud):
     out = cloud.run("status", LAIF_POD_SLICES="2").stdout
     assert "request pod: ACTIVE\nslice pod-0: READY\nslice pod-1: READY\n" in out
     assert len(re.findall(r"^state=finished worker=\S+ exit=0$", out, re.M)) == 4
+
+
+JOIN = """
+from laif_jax.parallel import distributed
+assert distributed.initialize(timeout=60)
+import jax
+from jax.experimental import multihost_utils
+total = multihost_utils.process_allgather(jax.numpy.ones(())).sum()
+print("I am", jax.process_index(), "of", jax.process_count(), "and we are", int(total), flush=True)
+"""
+
+
+def test_processes_of_jax_that_were_started_so_find_each_other(cloud):
+    cloud.set(address="127.0.0.1")
+    cloud.run("create", *POLL)
+    cloud.run("setup")
+    own = [f"PYTHONPATH={Path(__file__).parents[2]}", "JAX_PLATFORMS=cpu", "XLA_FLAGS="]
+    cloud.run("run", "--", "env", *own, sys.executable, "-c", JOIN)
+    for index, home in enumerate(cloud.workers()):
+        log = home / "laif-runs" / "study" / "log"
+        wait_for(lambda path=log: "ended with exit code" in path.read_text(), seconds=120)
+        assert f"I am {index} of 2 and we are 2\n" in log.read_text()
 
 
 def test_one_worker_alone_is_told_of_no_others(tmp_path):
