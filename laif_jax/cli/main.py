@@ -94,6 +94,35 @@ def _inspect(options: argparse.Namespace) -> int:
     return 0
 
 
+def _compile(options: argparse.Namespace) -> int:
+    if options.topology:  # read when JAX and the TPU compiler are loaded: this need be no TPU machine
+        for name, value in _NO_TPU_HERE.items():
+            os.environ.setdefault(name, value)
+    from laif_jax.aot.command import run_compile
+
+    status, text = run_compile(
+        options.config,
+        options.overrides,
+        topology=options.topology,
+        stages=options.stage or (),
+        as_json=options.json,
+        searches=options.search,
+        save=options.save,
+        prices=options.prices,
+    )
+    print(text)
+    return status
+
+
+_NO_TPU_HERE = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
 def _report(options: argparse.Namespace) -> int:
     from laif_jax.studies.ppo import PPO
     from laif_jax.studies.reward import REWARD
@@ -192,6 +221,26 @@ def _parser() -> argparse.ArgumentParser:
     with_config(inspect)
     inspect.add_argument("--stage", choices=("sft", "dpo", "reward"), default="sft")
     inspect.add_argument("--batches", type=int, default=1, help="how many batches")
+    known = "know before you pay: compile each step for a TPU slice, on any machine; memory, work and cost per chip"
+    compiling = verb("compile", _compile, known)
+    with_config(compiling)
+    compiling.add_argument(
+        "--topology", metavar="SLICE", help="for example v5e-16 (default: this machine's devices)"
+    )
+    compiling.add_argument(
+        "--stage",
+        action="append",
+        choices=("sft", "reward", "dpo", "ppo", "sample"),
+        help="may be repeated (default: all that the file has)",
+    )
+    compiling.add_argument("--json", action="store_true", help="one JSON object")
+    compiling.add_argument(
+        "--search", action="store_true", help="find the largest micro_batch and the cheapest remat that fit"
+    )
+    compiling.add_argument(
+        "--save", metavar="DIR", help="keep the train steps' executables, for the pod to start with"
+    )
+    compiling.add_argument("--prices", metavar="FILE", help="another file of chips and prices")
     verb("report", _report, "make a finished study's report again").add_argument(
         "run", help="the folder runs/NAME"
     )

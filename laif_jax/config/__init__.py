@@ -4,6 +4,7 @@ from laif_jax.config.load import ConfigError, dump_config, expand_arms, load_con
 from laif_jax.config.schema import (
     ArmSpec,
     BestOfNSpec,
+    CompileConfig,
     CriticSpec,
     DataSpec,
     DpoSpec,
@@ -44,6 +45,7 @@ from laif_jax.config.schema import (
 __all__ = [
     "ArmSpec",
     "BestOfNSpec",
+    "CompileConfig",
     "ConfigError",
     "CriticSpec",
     "DataSpec",

@@ -16,7 +16,15 @@ from etils import epath
 
 from laif_jax.config.endpoints import EndpointList, EndpointSpec
 from laif_jax.config.label import LabelConfig
-from laif_jax.config.schema import ArmSpec, CriticSpec, PpoConfig, RewardConfig, RunConfig, StudyConfig
+from laif_jax.config.schema import (
+    ArmSpec,
+    CompileConfig,
+    CriticSpec,
+    PpoConfig,
+    RewardConfig,
+    RunConfig,
+    StudyConfig,
+)
 from laif_jax.records.errors import LaifError
 
 
@@ -189,13 +197,17 @@ def _resolve(path: str | epath.Path, overrides: Iterable[str]) -> dict[str, Any]
 
 def describes(path: str | epath.Path) -> type[RunConfig]:
     """Which schema a file is of, by the section that only its kind has: `pairs` of `laif reward`, `rewards` of
-    `laif ppo`, else a study. A file that cannot be read is a study's, whose loading says what is wrong."""
+    `laif ppo`; without any section of a study, shapes for `laif compile`; else a study. A file that cannot be read is
+    a study's, whose loading says what is wrong."""
     path = epath.Path(path)
     tree = _parse_yaml(path.read_text(), str(path)) if path.exists() else None
     keys = set(tree) if isinstance(tree, dict) else set()
     if "pairs" in keys:
         return RewardConfig
-    return PpoConfig if "rewards" in keys else StudyConfig
+    if "rewards" in keys:
+        return PpoConfig
+    studies = {"data", "teachers", "evaluation", "arms", "matrix", "pretrain"}
+    return CompileConfig if "model" in keys and not keys & studies else StudyConfig
 
 
 @typing.overload
@@ -297,9 +309,8 @@ def _problems(config: RunConfig) -> Iterable[str]:
     if isinstance(config, StudyConfig):
         yield from _study_problems(config)
         yield from _arm_problems(config)
-    else:
-        if config.model.source == "scratch":
-            yield "model.source: a run of its own starts from existing weights: give a folder, a .gguf file or a name"
+    elif not isinstance(config, CompileConfig) and config.model.source == "scratch":
+        yield "model.source: a run of its own starts from existing weights: give a folder, a .gguf file or a name"
     if isinstance(config, PpoConfig):
         for name, source in config.rewards.items():
             if source.critic is not None:

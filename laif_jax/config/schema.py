@@ -33,6 +33,7 @@ from laif_jax.config.training import (
 __all__ = [
     "ArmSpec",
     "BestOfNSpec",
+    "CompileConfig",
     "CriticSpec",
     "DataSpec",
     "DpoSpec",
@@ -222,3 +223,13 @@ class StudyConfig(RunConfig):
     arms: tuple[ArmSpec, ...] = ()
     matrix: MatrixSpec | None = None
     questions: tuple[QuestionSpec, ...] = ()
+
+
+class CompileConfig(RunConfig):
+    """Shapes of steps alone, without data: `laif compile CONFIG`, which also takes every other kind of file."""
+
+    sft: SftSpec | None = None
+    dpo: DpoSpec | None = None
+    reward: RewardSpec | None = None
+    ppo: PpoSpec | None = None
+    sampling: SamplingSpec | None = None

@@ -9,10 +9,12 @@ What padding queries get is finite and otherwise unspecified.
 import contextlib
 import contextvars
 from collections.abc import Generator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+
+from laif_jax.models.splash import splash_applies, splash_attention, target_platform
 
 Array = jax.Array
 Window = int | Array | None  # int32 scalar: how many last tokens are seen; 0 or None: all
@@ -31,13 +33,16 @@ class Visibility(NamedTuple):
     mask: Array | None
 
 
-def visibility(segment_ids: Array, window: int = 0, *, fused: bool = False) -> Visibility:
+def visibility(
+    segment_ids: Array, window: int = 0, *, fused: bool = False, kernel: bool = False
+) -> Visibility:
     """Built once per forward pass, outside the loop over layers.
 
     `window`: the one that all layers share, or 0. `fused`: what `fused_applies` says; it needs the mask at any length.
+    `kernel`: what `kernel_applies` says; it needs none.
     """
     length = segment_ids.shape[1]
-    if length > BLOCKWISE_ABOVE and not fused:
+    if kernel or (length > BLOCKWISE_ABOVE and not fused):
         return Visibility(segment_ids, None)
     mask = _visible(segment_ids, segment_ids, jnp.arange(length), jnp.arange(length), window)
     return Visibility(segment_ids, mask)
@@ -74,6 +79,10 @@ def attention(
     Returns:
       [R, T, N, H] in q's dtype; the softmax is computed in float32.
     """
+    if vis.mask is None and kernel_applies(q.shape[1], q.shape[3], 0 if window is None else window):
+        return splash_attention(
+            q, k, v, vis.segment_ids, window=cast(Any, window), softcap=softcap, scale=scale
+        )
     if vis.mask is None:
         return blockwise_attention(q, k, v, vis.segment_ids, window=window, softcap=softcap, scale=scale)
     mask = vis.mask
@@ -224,10 +233,18 @@ def fused_applies(length: int, head_dim: int, softcap: float | None, dtype: Any)
     return fits and not _NOT_FUSED.get() and _gpu_has_fused()
 
 
+# ---- TPU ---------------------------------------------------------------------------------------------------------
+
+
+def kernel_applies(length: int, head_dim: int, window: Window) -> bool:
+    """Whether the TPU kernel can run this, see `laif_jax.models.splash`."""
+    return not _NOT_FUSED.get() and splash_applies(length, head_dim, window)
+
+
 @contextlib.contextmanager
 def not_fused() -> Generator[None]:
-    """Keeps to plain JAX what is traced inside: JAX's rule for the fused call under `vmap` reshapes a mask that is
-    not itself mapped over as if it were."""
+    """Keeps to plain JAX what is traced inside a `vmap` over models: JAX's rule for the fused call reshapes a mask that
+    is not itself mapped over as if it were, and the TPU kernel sits in a `shard_map` of its own."""
     token = _NOT_FUSED.set(True)
     try:
         yield
@@ -236,7 +253,7 @@ def not_fused() -> Generator[None]:
 
 
 def _gpu_has_fused() -> bool:
-    if jax.default_backend() != "gpu":
+    if target_platform() != "gpu":
         return False
     # An NVIDIA GPU from Ampere on; AMD GPUs name no such number.
     capability = str(getattr(jax.devices()[0], "compute_capability", ""))

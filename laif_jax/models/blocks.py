@@ -13,6 +13,7 @@ from laif_jax.models import moe
 from laif_jax.models.arch import ModelConfig
 from laif_jax.models.attention import Visibility, attention, decode_attention
 from laif_jax.models.rope import rotate
+from laif_jax.models.sharding import gathered
 from laif_jax.models.specs import ParamSpec, block_specs
 from laif_jax.parallel.rules import constrain
 
@@ -229,6 +230,17 @@ class Block(_Table):
         return stream(x), (kept if self.keep else None, load)
 
 
+def _whole_weights(specs: Any, cfg: ModelConfig, variables: Any) -> Any:
+    """A layer's weights brought together over their width; experts, who have their own rule, are left as they are."""
+
+    def one(path: Any, spec: ParamSpec, x: Array) -> Array:
+        own = cfg.num_experts and path[0].key == "mlp"
+        return x if own else gathered(spec.logical_axes, x)
+
+    is_spec = lambda leaf: isinstance(leaf, ParamSpec)  # noqa: E731
+    return {"params": jax.tree_util.tree_map_with_path(one, specs, variables["params"], is_leaf=is_spec)}
+
+
 class Layers(nn.Module):
     """All blocks: one scan over stacked weights, each layer's window and rope scanned with them. Returns the residual
     stream and the load of each layer's experts, stacked, if there are some."""
@@ -240,13 +252,16 @@ class Layers(nn.Module):
     @nn.compact
     def __call__(self, x: Array, shared: Shared) -> tuple[Array, moe.RouterLoad | None]:
         cfg = self.cfg
-        block: Any = Block
+        # Inside what is recomputed: the whole weights of a layer are kept for no other.
+        block: Any = nn.map_variables(
+            Block, "params", trans_in_fn=partial(_whole_weights, block_specs(cfg), cfg)
+        )
         if self.remat != "none":
             policy = None
             if self.remat == "dots":
                 policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             # A scan's body is compiled once: there is no common subexpression to guard against.
-            block = nn.remat(Block, prevent_cse=False, policy=policy)
+            block = nn.remat(block, prevent_cse=False, policy=policy)
         scanned = nn.scan(
             block,
             variable_axes={"params": 0},

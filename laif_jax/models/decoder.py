@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from laif_jax.models import moe
 from laif_jax.models.arch import ModelConfig
-from laif_jax.models.attention import Visibility, fused_applies, visibility
+from laif_jax.models.attention import Visibility, fused_applies, kernel_applies, visibility
 from laif_jax.models.blocks import KV, Block, Layers, Norm, Remat, Shared, initializer, stream
 from laif_jax.models.embedding import look_up
 from laif_jax.models.rope import rope_tables
@@ -70,7 +70,8 @@ def _final_norm(params: Params, cfg: ModelConfig, x: Array, dtype: Any) -> Array
 
 def _who_sees_whom(cfg: ModelConfig, segment_ids: Array, dtype: Any) -> Visibility:
     fused = fused_applies(segment_ids.shape[1], cfg.head_dim, cfg.attn_softcap, dtype)
-    return visibility(segment_ids, cfg.uniform_window or 0, fused=fused)
+    kernel = kernel_applies(segment_ids.shape[1], cfg.head_dim, cfg.uniform_window)
+    return visibility(segment_ids, cfg.uniform_window or 0, fused=fused, kernel=kernel)
 
 
 def hidden_states(

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from laif_jax.models.arch import ModelConfig
 from laif_jax.models.decoder import Params, vocab_logits
-from laif_jax.models.sharding import compiler_partitioned, spec_of
+from laif_jax.models.sharding import back_together, compiler_partitioned, spec_of
 from laif_jax.parallel.mesh import row_parts
 from laif_jax.parallel.rules import mesh_in_force, partition_spec
 
@@ -73,6 +73,7 @@ def token_stats(
     def run(
         params: Params, hidden: Array, tokens: Array, segment_ids: Array, temperature: Array
     ) -> TokenStats:
+        params, hidden = back_together(params, hidden)
         return _token_stats(params, cfg, hidden, tokens, segment_ids, temperature, chunk, logps_only)
 
     head = {name: params[name] for name in (("embed",) if cfg.tie_embeddings else ("lm_head",))}
@@ -146,13 +147,13 @@ def _layout(params: Params, hidden: Array) -> _Layout | None:
 def _vocabulary_part(table: Array, spec: P, dtype: Any) -> Array:
     """This device's part of the vocabulary, over the whole width, inside a `shard_map`.
 
-    It travels in the compute dtype, and is kept in its own: so the gradients of the chunks are summed in float32.
+    It travels in the compute dtype, and is kept in float32: so the gradients of the chunks are summed in it.
     """
     part = table.astype(dtype)
     for dim, entry in enumerate(spec):
         if entry is not None and entry != "tensor":
             part = jax.lax.all_gather(part, entry, axis=dim, tiled=True)
-    return part.astype(table.dtype)
+    return part.astype(jnp.float32)
 
 
 def _in_chunks(

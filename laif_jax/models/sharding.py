@@ -1,10 +1,13 @@
 """The decoder under meshes with explicit axes: the compiler places what is inside, types say what goes in and out."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, PartitionSpec, auto_axes, use_abstract_mesh
+
+from laif_jax.parallel.rules import constrain
 
 
 def _explicit_mesh(args: Any) -> Any | None:
@@ -38,3 +41,33 @@ def compiler_partitioned(run: Callable[..., Any], args: tuple[Any, ...], out: Ca
     axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Explicit)
     with use_abstract_mesh(getattr(mesh, "abstract_mesh", mesh)):
         return auto_axes(run, axes=axes, out_sharding=out())(*args)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gathered(logical_axes: tuple[str | None, ...], x: jax.Array) -> jax.Array:
+    """A parameter brought together over its width, for one use; its gradient goes back in parts.
+
+    Left alone, the compiler moves the activations around instead, which are larger than one layer's weights; and for a
+    constraint that binds the gradient too, it would give every device the whole gradient (an all-reduce).
+    """
+    return constrain(x, *(None if axis == "embed" else axis for axis in logical_axes))
+
+
+gathered.defvjp(
+    lambda axes, x: (gathered(axes, x), None), lambda axes, _, cotangent: (constrain(cotangent, *axes),)
+)
+
+
+@jax.custom_vjp
+def back_together(*trees: Any) -> tuple[Any, ...]:
+    """The trees as they are; on the way back, no gradient goes on before all of them are there.
+
+    Without it, the compiler puts off adding up the vocabulary head's gradient over the chips, and holds it, whole and
+    in float32, while the layers' gradients are computed.
+    """
+    return trees
+
+
+back_together.defvjp(
+    lambda *trees: (trees, None), lambda _, cotangents: jax.lax.optimization_barrier(cotangents)
+)

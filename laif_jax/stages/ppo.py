@@ -11,6 +11,7 @@ from etils import epath
 
 from laif_jax.config import PpoSpec
 from laif_jax.data.chat import encode_prompts, end_of_turn_ids
+from laif_jax.models.dtypes import in_compute_dtype
 from laif_jax.models.model import Model, load_model, save_model
 from laif_jax.records import Completion, Prompt
 from laif_jax.stages import fit
@@ -20,7 +21,7 @@ from laif_jax.stages.base import compute_dtype, model_folder, model_settings
 from laif_jax.stages.context import Context
 from laif_jax.stages.ppo_rewards import Sources, load_rewards, reward_inputs, reward_settings
 from laif_jax.training.ppo_loop import PpoResult, PpoTask, run_ppo
-from laif_jax.training.ppo_models import PpoModels, build_models, frozen_in, in_dtype, without_adapters
+from laif_jax.training.ppo_models import PpoModels, build_models, frozen_in, without_adapters
 from laif_jax.training.ppo_roll import PpoPrompt, Quality
 from laif_jax.training.state import TrainState
 from laif_jax.worlds import symbols
@@ -116,11 +117,11 @@ class _Job:
         if model.cfg.lora is not None:
             params = frozen_in(params, model.cfg, dtype)
         base_cfg, base = without_adapters(model.cfg, params)
-        own = (base_cfg, in_dtype(base, dtype))
+        own = (base_cfg, in_compute_dtype(base, dtype))
         theirs = own
         if reference is not None:
             loaded = load_model(str(model_folder(reference)), mesh=ctx.mesh)
-            theirs = (loaded.cfg, in_dtype(dict(loaded.params), dtype))
+            theirs = (loaded.cfg, in_compute_dtype(dict(loaded.params), dtype))
         self.tokenizer = model.tokenizer
         separate = spec.learns_values and spec.value == "separate"
         from_reward = separate and spec.value_init == "reward"

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from laif_jax.config import RewardSource
 from laif_jax.models.arch import ModelConfig
+from laif_jax.models.dtypes import in_compute_dtype
 from laif_jax.models.reward import RewardModel, load_reward_model
 from laif_jax.models.reward_adapters import load_reward_adapters
 from laif_jax.parallel import distributed
@@ -22,7 +23,7 @@ from laif_jax.stages.base import compute_dtype, fingerprint, model_folder
 from laif_jax.stages.context import Context
 from laif_jax.stages.label import critic_settings
 from laif_jax.stages.rewards import critic_reward
-from laif_jax.training.ppo_models import Scorer, in_dtype
+from laif_jax.training.ppo_models import Scorer
 from laif_jax.training.ppo_roll import HostReward
 
 logger = logging.getLogger(__name__)
@@ -184,7 +185,7 @@ def _scorer(
         base = next((base for base in bases if adapters.fits(base[1])), None)
     if adapters is None or base is None:
         config = ScorerConfig(model.cfg, model.members, source.members, model.end_of_context)
-        return Scorer(config, in_dtype(dict(model.params), compute_dtype(ctx)), mean, std), False
+        return Scorer(config, in_compute_dtype(dict(model.params), compute_dtype(ctx)), mean, std), False
     cfg, params = adapters.over(base[1], base[0])
     config = ScorerConfig(cfg, adapters.members, source.members, model.end_of_context)
     return Scorer(config, params, mean, std), True

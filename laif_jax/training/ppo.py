@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from laif_jax.models.arch import ModelConfig
+from laif_jax.models.dtypes import in_compute_dtype
 from laif_jax.models.moe import RouterLoad
 from laif_jax.objectives import LossOut
 from laif_jax.objectives.rl import kl_estimate, rl_loss
@@ -177,9 +178,12 @@ class _Learner:
             out, finite = self.loss(merge(trainable, self.frozen), rows)
             return out.total, (out, finite)
 
+        # As in `laif_jax.training.step`: gradients of the copy that every use would make anyway.
+        copy = lay(in_compute_dtype(trainable, jnp.dtype(self.config.dtype)))
+
         def body(carry: Any, rows: Array) -> tuple[Any, Array]:
             grads, sums = carry
-            (_, (out, finite)), new = jax.value_and_grad(total, has_aux=True)(trainable, rows)
+            (_, (out, finite)), new = jax.value_and_grad(total, has_aux=True)(copy, rows)
             grads = lay(jax.tree.map(lambda a, b: a + b.astype(jnp.float32), grads, new))
             return (grads, jax.tree.map(jnp.add, sums, out)), finite
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from laif_jax.config.rl import PpoSpec
 from laif_jax.config.schema import LoraSpec
 from laif_jax.models.arch import ModelConfig
+from laif_jax.models.dtypes import in_compute_dtype
 from laif_jax.models.lora import add_lora, merge_lora, trainable_mask
 from laif_jax.models.reward import change_head, member
 from laif_jax.models.specs import param_specs
@@ -119,7 +120,7 @@ def build_models(
         ref_cfg, ref_params = without_adapters(cfg, params)
     else:
         ref_cfg, ref_params = reference[0], _on(reference[1], mesh)
-    ref_params = in_dtype(ref_params, dtype)
+    ref_params = in_compute_dtype(ref_params, dtype)
     keys = jax.random.split(key, 2)
     value = None
     if spec.learns_values and spec.value == "shared":
@@ -189,22 +190,11 @@ def without_adapters(cfg: ModelConfig, params: Mapping[str, Any]) -> tuple[Model
     return dataclasses.replace(_plain(cfg), head="lm"), strip(params)
 
 
-def in_dtype(params: Any, dtype: Any) -> Any:
-    """Weights in the compute dtype, which every use would cast them to; norms and scalar heads compute in float32 from
-    what they are, and stay. Arrays that are in it are not copied."""
-
-    def convert(path: Any, leaf: jax.Array) -> jax.Array:
-        keep = any(str(entry.key).endswith("norm") or entry.key == "score" for entry in path)
-        return leaf if keep or leaf.dtype == dtype else leaf.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(convert, params)
-
-
 def frozen_in(params: Tree, cfg: ModelConfig, dtype: Any) -> Tree:
     """A model with adapters, its frozen weights in the compute dtype."""
     mask = trainable_mask(params, cfg)
     return jax.tree.map(
-        lambda x, trained, cast: x if trained else cast, params, mask, in_dtype(params, dtype)
+        lambda x, trained, cast: x if trained else cast, params, mask, in_compute_dtype(params, dtype)
     )
 
 

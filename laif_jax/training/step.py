@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from laif_jax.models.dtypes import in_compute_dtype
 from laif_jax.objectives import LossOut
+from laif_jax.training.executables import prepared
 from laif_jax.training.state import TrainState, merge
 
 LossFn = Callable[[Any, Mapping[str, jax.Array], Mapping[str, jax.Array]], Any]
@@ -135,12 +137,13 @@ def _compiled_step(
             metrics["outputs"] = outputs
         return TrainState(count, trainable, state.frozen, opt_state, healthy), metrics
 
-    return jax.jit(
+    jitted = jax.jit(
         step,
         in_shardings=(shardings, dict(batch_items), replicated),
         out_shardings=(shardings, replicated),
         donate_argnums=(0,),
     )
+    return prepared(jitted, mesh)
 
 
 def _leading(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -156,8 +159,11 @@ def _norms(grads: Any) -> jax.Array:
 def _accumulate(
     loss_fn: LossFn, state: TrainState, batch: Any, hyper: Any, shardings: Any
 ) -> tuple[Any, Any, Any]:
-    """Float32 sums of gradients, loss, weight and metrics over the leading micro-batch axis, and stacked outputs."""
+    """Float32 sums of gradients, loss, weight and metrics over the leading micro-batch axis, and stacked outputs.
 
+    Gradients are taken of a copy of the weights in the compute dtype, to which every use of them would cast them: what
+    comes out is what float32 weights would get, in half the memory until it is added up.
+    """
     leaves = jax.tree.leaves(shardings)
     explicit = bool(leaves) and AxisType.Explicit in leaves[0].mesh.axis_types
     lay = jax.reshard if explicit else jax.lax.with_sharding_constraint
@@ -167,15 +173,25 @@ def _accumulate(
         out, outputs = (out, {}) if isinstance(out, LossOut) else out
         return jnp.sum(out.total), (out, outputs)  # members' parameters are apart, so gradients are their own
 
+    dtype = getattr(loss_fn, "dtype", None)
+    trainable = state.trainable
+    if dtype is not None:
+        trainable = lay(in_compute_dtype(trainable, jnp.dtype(dtype)), shardings)
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
     def body(carry: Any, micro: Any) -> tuple[Any, dict[str, jax.Array]]:
         grads, sums = carry
-        (_, (out, outputs)), new = jax.value_and_grad(loss, has_aux=True)(state.trainable, micro)
+        (_, (out, outputs)), new = value_and_grad(trainable, micro)
         grads = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), grads, new)
         # Keeps the running sums where their parameters lie: a reduce-scatter instead of an all-reduce.
         grads = lay(grads, shardings)
         return (grads, jax.tree.map(jnp.add, sums, tuple(out))), outputs
 
     first = jax.tree.map(lambda x: x[0], batch)
+    if jax.tree.leaves(batch)[0].shape[0] == 1:  # nothing to add up, and no second copy of the gradients
+        (_, (out, outputs)), grads = value_and_grad(trainable, first)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), lay(grads, shardings))
+        return grads, tuple(out), jax.tree.map(lambda x: x[None], outputs)
     shapes = jax.eval_shape(loss, state.trainable, first)[1][0]
     zeros = lambda x: jnp.zeros(x.shape, jnp.float32)  # noqa: E731
     start = (lay(jax.tree.map(zeros, state.trainable), shardings), jax.tree.map(zeros, tuple(shapes)))
