@@ -333,8 +333,8 @@ def identical(comparison: Comparison, critic: Critic, order: Literal["both", "se
     )
 
 
-class JudgeWork:
-    """The comparisons of a `judge` job."""
+class ComparisonWork:
+    """What all that judges comparisons has: the comparisons of a `judge` job, and its identity."""
 
     kind = "judge"
 
@@ -351,18 +351,43 @@ class JudgeWork:
         self.stages = 1 if critic.rationale is None else 2
         self.most_calls = 2 * critic.samples
 
+    @property
+    def _seed_that_matters(self) -> int | None:
+        """The seed, or None where another one would ask for the very same."""
+        return self._seed
+
     @cached_property
     def id(self) -> str:
         items = [
             (comparison.id, planted_quality(comparison.a), planted_quality(comparison.b))
             for comparison in self._comparisons
         ]
-        # The seed has no effect on both orders, if it does not draw principles.
-        seed = self._seed if self._order == "seeded" or self._critic.principles else None
-        return content_id([self.kind, self.endpoint.key, self._critic.hash, self._order, seed, items])
+        key = [self.kind, self.endpoint.key, self._critic.hash, self._order, self._seed_that_matters, items]
+        return content_id(key)
 
     def __len__(self) -> int:
         return len(self._comparisons)
+
+    def _stored(self, key: Sequence[Any], judgement: Judgement, part: int) -> Result:
+        """A judgement as a result, under the content of `key`."""
+        return Result(
+            key=content_id(key),
+            kind="judgement",
+            item=judgement.comparison_id,
+            status=judgement.status.value,
+            critic_hash=self._critic.hash,
+            record=judgement.model_dump_json(),
+            part=part,
+        )
+
+
+class JudgeWork(ComparisonWork):
+    """Each comparison put to the critic by itself."""
+
+    @property
+    def _seed_that_matters(self) -> int | None:
+        # It has no effect on both orders, if it does not draw principles.
+        return self._seed if self._order == "seeded" or self._critic.principles else None
 
     def comparison(self, position: int) -> Comparison:
         """What an item asks about."""
@@ -444,12 +469,4 @@ class JudgeWork:
         # One row per comparison, critic, endpoint, order and principle: a label that is made again takes the old one's
         # place.
         key = [judgement.comparison_id, self._critic.hash, self.endpoint.key, judgement.order]
-        return Result(
-            key=content_id([*key, judgement.principle] if judgement.principle else key),
-            kind="judgement",
-            item=judgement.comparison_id,
-            status=judgement.status.value,
-            critic_hash=self._critic.hash,
-            record=judgement.model_dump_json(),
-            part=part,
-        )
+        return self._stored([*key, judgement.principle] if judgement.principle else key, judgement, part)

@@ -10,19 +10,18 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from itertools import combinations
 from typing import Any, Literal
 
 from laif_jax.labeling.calls import Call, Endpoint, Truth
 from laif_jax.labeling.critic import Critic, instruction_text, last_user_turn
 from laif_jax.labeling.errors import CriticError
-from laif_jax.labeling.judge import Order, identical, merge, planted_quality, refuses
+from laif_jax.labeling.judge import ComparisonWork, Order, identical, merge, planted_quality, refuses
 from laif_jax.labeling.listwise import Ranking
 from laif_jax.labeling.pair_facts import told
 from laif_jax.labeling.scheduler import Outcome
 from laif_jax.labeling.work import Result
-from laif_jax.records import Comparison, Completion, Judgement, Prompt, Status, content_id
+from laif_jax.records import Comparison, Completion, Judgement, Prompt, Status
 
 
 def all_pairs(prompt: Prompt, completions: Sequence[Completion]) -> list[Comparison]:
@@ -30,10 +29,8 @@ def all_pairs(prompt: Prompt, completions: Sequence[Completion]) -> list[Compari
     return [Comparison(prompt=prompt, a=a, b=b) for a, b in combinations(completions, 2)]
 
 
-class ListJudgeWork:
-    """The comparisons of a `judge` job whose critic ranks lists."""
-
-    kind = "judge"
+class ListJudgeWork(ComparisonWork):
+    """Comparisons by a critic that ranks lists."""
 
     def __init__(
         self,
@@ -43,8 +40,7 @@ class ListJudgeWork:
         order: Literal["both", "seeded"],
         seed: int,
     ) -> None:
-        self.endpoint, self.critic, self._critic = endpoint, critic.name, critic
-        self._comparisons, self._order, self._seed = comparisons, order, seed
+        super().__init__(endpoint, critic, comparisons, order, seed)
         self._lists: dict[str, list[Completion]] = {}
         self._first: dict[str, int] = {}  # of each prompt, the comparison with which its calls are counted
         self._fill()
@@ -68,17 +64,6 @@ class ListJudgeWork:
 
     def _draw(self, prompt: str, text: str) -> bytes:
         return hashlib.sha256(f"{self._seed}:{prompt}:{text}".encode("utf-8", "surrogatepass")).digest()
-
-    @cached_property
-    def id(self) -> str:
-        items = [
-            (comparison.id, planted_quality(comparison.a), planted_quality(comparison.b))
-            for comparison in self._comparisons
-        ]
-        return content_id([self.kind, self.endpoint.key, self._critic.hash, self._order, self._seed, items])
-
-    def __len__(self) -> int:
-        return len(self._comparisons)
 
     def calls(self, position: int) -> list[Call]:
         comparison = self._comparisons[position]
@@ -175,12 +160,4 @@ class ListJudgeWork:
             self._seed,
             listed,
         ]
-        return Result(
-            key=content_id(key),
-            kind="judgement",
-            item=judgement.comparison_id,
-            status=judgement.status.value,
-            critic_hash=self._critic.hash,
-            record=judgement.model_dump_json(),
-            part=part,
-        )
+        return self._stored(key, judgement, part)
