@@ -8,20 +8,24 @@ from laif_jax.records.errors import LaifError
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from laif_jax.config import PpoConfig, load_config
+    from laif_jax.config import PpoConfig, RewardConfig, StudyConfig, load_config
     from laif_jax.config.load import describes, labels_pairs
+    from laif_jax.labeling.plan import Plan, show_plan
 
     if labels_pairs(options.config):
         return _plan_pairs(options)
-    if describes(options.config) is PpoConfig:
-        run = load_config(options.config, options.overrides, PpoConfig)
-        from laif_jax.studies.plan import plan_ppo, show_plan
+    kind = describes(options.config)
+    config = load_config(options.config, options.overrides, kind)
+    if isinstance(config, RewardConfig):
+        plan = Plan([], ["a reward model is trained on labels that are there already"])
+    elif isinstance(config, PpoConfig):
+        from laif_jax.studies.plan import plan_ppo
 
-        plan = plan_ppo(run)
+        plan = plan_ppo(config)
     else:
-        config = load_config(options.config, options.overrides)
-        from laif_jax.studies.plan import plan_study, show_plan
+        from laif_jax.studies.plan import plan_study
 
+        assert isinstance(config, StudyConfig)
         plan = plan_study(config)
     print(json.dumps(plan.to_json(), indent=2) if options.json else show_plan(plan))
     return 0
@@ -180,7 +184,7 @@ def add_verbs(verb: Verb, to: argparse._SubParsersAction) -> None:
     """Adds the verbs below `laif label`."""
 
     plan = verb("plan", _plan, "calls, tokens, dollars and time of labelling, before anything is sent", to)
-    plan.add_argument("config", help="a YAML file, of a study or of `laif label run`")
+    plan.add_argument("config", help="a YAML file of a study, of `laif ppo` or of `laif label run`")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
     plan.add_argument("--json", action="store_true", help="one JSON object")
     text = "how often a response can talk a study's critics into a verdict"

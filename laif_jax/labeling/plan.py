@@ -24,7 +24,7 @@ BATCH_SECONDS = 24 * 3600.0  # a provider answers a batch within a day
 NO_PRICE = "its price is not known: give `prompt_price` and `completion_price`, or no budget can be held"
 ESTIMATED = (
     f"tokens are estimated: {BYTES_PER_TOKEN} bytes each; answers that do not exist yet at their longest",
-    "time: from the endpoints' concurrency; a hosted model's latency is assumed, its rate limits are not known",
+    "time: from the endpoints' concurrency; a model's latency is assumed, its rate limits are not known",
     "attempts that fail and are made again are not counted",
 )
 _COUNTS = ("calls", "stored", "prompt_tokens", "completion_tokens")
@@ -180,6 +180,8 @@ def fixed_tokens(critic: Critic) -> tuple[int, int]:
 
 def show_plan(plan: Plan) -> str:
     """The plan as a table for a terminal."""
+    if not plan.rows:
+        return "\n".join(["No other model is asked: nothing is paid.", *(f"* {note}" for note in plan.notes)])
     stored = any(row.stored for row in plan.rows)
     head = ["role", "who", "model", "calls", "prompt tok.", "compl. tok.", "dollars", "time"]
     lines = [[*head[:4], *(["stored"] if stored else []), *head[4:]]]

@@ -130,7 +130,8 @@ class _Planner:
     def finish(self, notes: Sequence[str]) -> Plan:
         self.probes()
         counted = "calls: for an empty store; what is stored already is not asked again"
-        return Plan(list(self.rows.values()), [*ESTIMATED, counted, *notes])
+        about = [*ESTIMATED, counted] if self.rows else []
+        return Plan(list(self.rows.values()), [*about, *notes])
 
 
 def add_verdicts(row: PlanRow, critic: Critic, order: str, shown: Iterable[int]) -> None:

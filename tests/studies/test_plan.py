@@ -2,6 +2,7 @@
 
 import datetime
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,6 +79,9 @@ def test_a_run_of_ppo_alone_is_planned_too(tmp_path, capsys) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["total"]["calls"] == 2 * 8 + 3 * 8
     assert found["nanos"] > 0
+    trained = Path(__file__).parents[2] / "configs" / "reward_smollm2.yaml"
+    assert main(["label", "plan", str(trained)]) == 0
+    assert "No other model is asked" in capsys.readouterr().out
 
 
 def test_the_agreement_with_people_and_drift_probes_are_counted(tmp_path) -> None:
