@@ -138,11 +138,7 @@ def load_model(
         text = load_tokenizer(tokenizer)
     else:
         text = load_tokenizer(path) if file is None else file.tokenizer()
-    if len(text) > cfg.vocab_size:
-        raise WeightsError(
-            f"{source}: the tokenizer has {len(text)} tokens, the model's vocabulary {cfg.vocab_size}. "
-            "They do not belong together: give the model's own tokenizer."
-        )
+    text = matching_tokenizer(text, cfg, source)
     if file is None:
         params = load_params(path, cfg, dtype=dtype, shardings=tree)
     else:
@@ -150,6 +146,18 @@ def load_model(
     count = sum(int(np.prod(leaf.shape)) for leaf in names.flatten(params).values())
     logger.info("loaded %s: %s, %.1f M parameters", source, cfg.family, count / 1e6)
     return Model(cfg, params, text)
+
+
+def matching_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, cfg: ModelConfig, source: str
+) -> PreTrainedTokenizerFast:
+    """The tokenizer, if the model has an embedding for each of its tokens; else a WeightsError."""
+    if len(tokenizer) > cfg.vocab_size:
+        raise WeightsError(
+            f"{source}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {cfg.vocab_size}. "
+            "They do not belong together: give the model's own tokenizer."
+        )
+    return tokenizer
 
 
 def save_model(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from laif_jax.models import names
 from laif_jax.models.arch import ModelConfig
@@ -160,6 +161,26 @@ def _host(value: Any) -> np.ndarray:
     return np.asarray(value)
 
 
+def _part(array: Any, place: tuple[int, ...]) -> np.ndarray:
+    """`array[place]` on this host: one layer of a stacked leaf, or one expert of a layer. No more than that leaves the
+    devices, and one compiled program serves all places."""
+    if not isinstance(array, jax.Array) or not place:
+        return _host(array[place])
+    sharding = array.sharding
+    if isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types:
+        # An index into a split axis has no type on a mesh of explicit axes. The same arrays, with automatic ones:
+        mesh = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)
+        array = jax.device_put(array, NamedSharding(mesh, sharding.spec))
+    return _host(_at(array, np.asarray(place, np.int32)))
+
+
+@jax.jit
+def _at(array: jax.Array, place: jax.Array) -> jax.Array:
+    for axis in range(place.shape[0]):
+        array = jax.lax.dynamic_index_in_dim(array, place[axis], keepdims=False)
+    return array
+
+
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     """Tensors in order, cut into files of at most `limit` bytes (a larger tensor gets a file of its own)."""
     groups: list[list[str]] = [[]]
@@ -279,7 +300,7 @@ def save_params(
 
     def value(parts: list[tuple[LeafPlan, int]]) -> np.ndarray:
         def leaf(plan: LeafPlan, number: int) -> np.ndarray:
-            return _host(flat[plan.path][plan.place(number)])
+            return _part(flat[plan.path], plan.place(number))
 
         return names.tensor_value(parts, leaf).astype(dtype_of(parts), copy=False)
 
