@@ -1,6 +1,6 @@
 """What `laif label run` will ask, before anything is sent: every call is made up and looked for in the store."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from laif_jax.config.endpoints import EndpointSpec, LabelingSpec
 from laif_jax.config.label import LabelConfig
 from laif_jax.labeling import schema
 from laif_jax.labeling.calls import Call, Endpoint
+from laif_jax.labeling.critic import Critic
 from laif_jax.labeling.database import is_address
 from laif_jax.labeling.jobs import JudgeJob
 from laif_jax.labeling.judge import JudgeWork
@@ -21,10 +22,12 @@ from laif_jax.labeling.prices import need_price
 from laif_jax.labeling.probe import probe_set, today
 from laif_jax.labeling.scheduler import Outcome, stored_outcome
 from laif_jax.labeling.store import Row, Store
+from laif_jax.labeling.work import Work
 from laif_jax.records import Comparison
 
 STRONG = "it is asked only where the first critic is not sure"
 VERDICT = "a verdict is asked for only where its rationale came"
+WINDOW = 1000  # pairs that are looked at together
 ANOTHER = "what the service at `labeling.url` has stored is not known here"
 
 
@@ -103,44 +106,68 @@ def _row(
         seed=seed,
         probe=probe,
     )
-    work = job.work()
-    calls = {call.key: call for position in range(len(work)) for call in work.calls(position)}
-    _count(row, calls, store)
-    if isinstance(work, JudgeWork) and work.stages > 1:
-        thought = tier.critic.rationale.max_tokens if tier.critic.rationale else 0
-        answers = store.answered(list(calls)) if store else {}
-        _count_verdicts(row, work, answers, store, thought, tier.critic.max_tokens)
+    _Counter(row, job.work(), tier.critic, store).count()
     return row
 
 
-def _count(row: PlanRow, calls: dict[str, Call], store: Store | None) -> None:
-    stored = _stored(store, list(calls))
-    for key, call in calls.items():
-        if key in stored:
-            row.stored += 1
-        else:
-            row.add(1, _tokens(call), call.max_tokens or 0)
+class _Counter:
+    """Counts a work's calls into a row, some positions at a time, so that a file of a million pairs needs little
+    memory. Equal calls count once."""
+
+    def __init__(self, row: PlanRow, work: Work, critic: Critic, store: Store | None) -> None:
+        self._row, self._work, self._critic, self._store = row, work, critic, store
+        self._seen: set[str] = set()
+
+    def count(self) -> None:
+        for start in range(0, len(self._work), WINDOW):
+            positions = range(start, min(start + WINDOW, len(self._work)))
+            items = {position: self._work.calls(position) for position in positions}
+            new = self._add(call for calls in items.values() for call in calls)
+            if isinstance(self._work, JudgeWork) and self._work.stages > 1:
+                thinking = {p: calls for p, calls in items.items() if any(call.key in new for call in calls)}
+                self._add(self._verdicts(self._work, thinking))
+
+    def _add(self, calls: Iterable[Call]) -> set[str]:
+        """Counts calls that were not counted yet; their keys."""
+        new = {call.key: call for call in calls if call.key not in self._seen}
+        self._seen.update(new)
+        stored = self._stored(list(new))
+        self._row.stored += len(stored)
+        for key, call in new.items():
+            if key not in stored:
+                self._row.add(1, _tokens(call), call.max_tokens or 0)
+        return set(new)
+
+    def _verdicts(self, work: JudgeWork, items: Mapping[int, Sequence[Call]]) -> Iterator[Call]:
+        """The second stage of a critic that thinks first: its calls where the rationales are stored; else at most one
+        verdict per rationale is counted, whose prompt is as long as the rationale's and the rationale together."""
+        critic = self._critic
+        thought = critic.rationale.max_tokens if critic.rationale else 0
+        keys = [call.key for calls in items.values() for call in calls]
+        answers = self._store.answered(keys) if self._store else {}
+        for position, calls in items.items():
+            outcomes = list(_outcomes(calls, answers))
+            if len(outcomes) == len(calls):
+                yield from work.further(position, outcomes)
+                continue
+            self._row.bound(VERDICT)
+            for call in calls:
+                self._row.add(1, _tokens(call) + thought, critic.max_tokens)
+
+    def _stored(self, keys: Sequence[str]) -> set[str]:
+        """Which of these calls are answered."""
+        found: set[str] = set()
+        if self._store is None:
+            return found
+        column = schema.responses.c.key
+        with self._store.engine.connect() as connection:
+            for start in range(0, len(keys), 500):
+                query = sa.select(column).where(column.in_(keys[start : start + 500]))
+                found.update(connection.execute(query).scalars())
+        return found
 
 
-def _count_verdicts(
-    row: PlanRow, work: JudgeWork, answers: dict[str, Row], store: Store | None, thought: int, verdict: int
-) -> None:
-    """The second stage of a critic that thinks first: counted where the rationales are stored, else at most one verdict
-    per rationale, whose prompt is as long as the rationale's and the rationale together."""
-    known: dict[str, Call] = {}
-    for position in range(len(work)):
-        calls = work.calls(position)
-        outcomes = list(_outcomes(calls, answers))
-        if len(outcomes) == len(calls):
-            known |= {call.key: call for call in work.further(position, outcomes)}
-            continue
-        row.bound(VERDICT)
-        for call in calls:
-            row.add(1, _tokens(call) + thought, verdict)
-    _count(row, known, store)
-
-
-def _outcomes(calls: Sequence[Call], answers: dict[str, Row]) -> Iterator[Outcome]:
+def _outcomes(calls: Sequence[Call], answers: Mapping[str, Row]) -> Iterator[Outcome]:
     for call in calls:
         outcome = stored_outcome(call, answers[call.key]) if call.key in answers else None
         if outcome is not None:
@@ -149,16 +176,3 @@ def _outcomes(calls: Sequence[Call], answers: dict[str, Row]) -> Iterator[Outcom
 
 def _tokens(call: Call) -> int:
     return tokens_of(message["content"] for message in call.messages)
-
-
-def _stored(store: Store | None, keys: Sequence[str]) -> set[str]:
-    """Which of these calls are answered."""
-    found: set[str] = set()
-    if store is None:
-        return found
-    column = schema.responses.c.key
-    with store.engine.connect() as connection:
-        for start in range(0, len(keys), 500):
-            query = sa.select(column).where(column.in_(keys[start : start + 500]))
-            found.update(connection.execute(query).scalars())
-    return found

@@ -167,6 +167,16 @@ def test_a_critic_that_thinks_is_planned_exactly_once_its_rationales_are_stored(
     assert (row.calls, row.stored, row.at_most) == (120, 40, [VERDICT])
 
 
+def test_equal_pairs_are_planned_once(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("laif_jax.labeling.pairs_plan.WINDOW", 7)  # also where they are far apart
+    rows = list(read_jsonl(write_example(tmp_path, 20)[0]))
+    same = [{**rows[0], "b": rows[0]["a"]}]
+    write_jsonl(tmp_path / "pairs.jsonl", [*rows, *rows, *same])
+    for critic, calls in (("ab_logprob", 40), ("rlaif_cot", 80)):
+        (row,) = planned(write(tmp_path, critic=critic)).values()
+        assert row.calls == calls
+
+
 def test_a_drift_probe_is_planned_and_booked_by_itself(tmp_path) -> None:
     write_jsonl(tmp_path / "probe.jsonl", list(read_jsonl(write_example(tmp_path / "other", 5, seed=9)[0])))
     labeling = {"store": str(tmp_path / "labels"), "probe": str(tmp_path / "probe.jsonl"), "poll": 0.02}
