@@ -128,33 +128,40 @@ def model(config: Any, devices: Facts, memory: Facts, mesh_facts: Facts) -> Foun
 
 
 def _architecture(config: Any) -> tuple[Any, list[Finding]]:
-    """The model's configuration where it can be read without a download; else None, and what that means."""
+    """(the model's configuration where it can be read without a download, else None; what is wrong with its source)."""
     from laif_jax.models import fetch
+    from laif_jax.models.config import from_hf
     from laif_jax.models.model import load_config
     from laif_jax.records.errors import LaifError
 
-    source = config.model.source
+    source, lora = config.model.source, config.model.lora
     if source == "scratch" or source.endswith(".gguf"):
-        if source != "scratch" and not Path(source).is_file():
-            return None, [Finding("fails", "model", f"there is no file {source}", "correct `model.source`")]
-        return None, []
+        missing = source != "scratch" and not Path(source).is_file()
+        wrong = Finding("fails", "model", f"there is no file {source}", "correct `model.source`")
+        return None, [wrong] if missing else []
     folder = _folder(source)
     if folder is None and (source in fetch.KNOWN or fetch.is_hub_id(source)):
-        do = (
-            f"laif fetch {source}"
-            if source in fetch.KNOWN
-            else "the network must be there, and HF_TOKEN for a gated model"
-        )
-        return None, [
-            Finding("note", "model", f"{source} is not on this machine; a run will download it", do)
-        ]
+        do = "the network must be there, and HF_TOKEN for a gated model"
+        do = f"laif fetch {source}" if source in fetch.KNOWN else do
+        absent = Finding("note", "model", f"{source} is not on this machine; a run will download it", do)
+        published = _published(source)
+        return (from_hf(published, lora=lora) if published else None), [absent]
     if folder is None:
         return None, [Finding("fails", "model", f"there is no folder {source}", "correct `model.source`")]
     try:
-        cfg = load_config(folder)
+        return dataclasses.replace(load_config(folder), lora=lora), []
     except LaifError as error:
         return None, [Finding("fails", "model", str(error), "choose a model of a supported family")]
-    return (dataclasses.replace(cfg, lora=config.model.lora) if config.model.lora else cfg), []
+
+
+def _published(source: str) -> Any:
+    """`config.json` of a model that `laif compile` knows by its Hub id, or None."""
+    import yaml
+
+    import laif_jax.aot
+
+    table = Path(laif_jax.aot.__file__).with_name("models.yaml")
+    return yaml.safe_load(table.read_text()).get(source)
 
 
 def _folder(source: str) -> str | None:

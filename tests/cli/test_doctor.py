@@ -289,6 +289,14 @@ def test_what_trains_a_model_must_fit(llama):
     assert facts["state_bytes"] < 2.1 * parameters
 
 
+def test_a_published_model_is_known_before_it_is_downloaded():
+    axes = {"axes": {"data": 1, "fsdp": 4, "expert": 1, "tensor": 1}}
+    found = doctor_config.model(real_model("meta-llama/Llama-2-7b-hf"), TPU, {}, axes)
+    assert found[0]["parameters"] == "6,738,415,616"
+    said(found, "note", "a run will download it")
+    said(found, "fails", "25.1 GiB per device (over 4); a device has 16.0 GiB")
+
+
 def test_a_large_model_on_a_cpu(llama):
     found = doctor_config.model(
         real_model(llama), CPU, {"free_bytes": 8 * 2**30}, {"axes": {"data": 1, "fsdp": 1}}
