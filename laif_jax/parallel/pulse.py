@@ -5,6 +5,7 @@ others at process 0. One that is silent for longer than it may ends all others w
 run resumes from its last checkpoint. (JAX itself would end them too, by abort, and without saying who was lost.)
 """
 
+import atexit
 import ctypes
 import json
 import logging
@@ -44,30 +45,51 @@ class Pulse:
         self.said: dict[int, tuple[str, float]] = dict.fromkeys(watched, ("", now))
         self.all_well = now
         self.decided = False
+        self.leaving = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="pulse", daemon=True)
 
     def start(self) -> None:
         preemption.state.several = True
-        threading.Thread(target=self._run, name="pulse", daemon=True).start()
+        self.thread.start()
         self._name_the_lost_when_jax_aborts()
+        # A thread that is in C++ when Python ends would take the process down. JAX's own end, which waits for the other
+        # processes, comes after this.
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """At the end of the process: nobody need miss it."""
+        self._libc.signal(int(signal.SIGABRT), None)
+        self.leaving.set()
+        self.thread.join(timeout=10 * EVERY)
 
     # ---- the thread ----
 
     def _run(self) -> None:
-        while True:
+        while not self.leaving.is_set():
             try:
                 self._beat()
             except Exception as error:  # noqa: BLE001 (the service is gone, or the run is over: see below)
                 log.debug("pulse: %s", error)
             self._look()
-            time.sleep(EVERY)
+            self.leaving.wait(EVERY)
+        try:
+            self._say(self._beats() | {"left": True})
+        except Exception as error:  # noqa: BLE001 (the others have left already)
+            log.debug("pulse: %s", error)
 
-    def _beat(self) -> None:
+    def _beats(self) -> dict[str, Any]:
         self.number += 1
         ages = [time.monotonic() - when for _, when in self.said.values()]
-        beat = {"n": self.number, "who": self.me, "well": max(ages) < 4 * EVERY}
+        return {"n": self.number, "who": self.me, "well": all(age < 4 * EVERY for age in ages)}
+
+    def _say(self, beat: dict[str, Any]) -> None:
         self.client.key_value_set(f"{BEATS}{self.index}", json.dumps(beat), allow_overwrite=True)
         if self.index == 0:
             self.client.key_value_set(f"{CONTROL}beat", json.dumps(beat), allow_overwrite=True)
+
+    def _beat(self) -> None:
+        self._say(self._beats())
+        if self.index == 0:
             self._hear({int(k.rsplit("/", 1)[-1]): v for k, v in self.client.key_value_dir_get(BEATS)})
         if preemption.state.why:
             self.client.key_value_set(f"{CONTROL}notice", preemption.state.why, allow_overwrite=True)
@@ -82,9 +104,11 @@ class Pulse:
 
     def _hear(self, beats: dict[int, str]) -> None:
         now = time.monotonic()
-        for index, (before, _) in self.said.items():
+        for index, (before, _) in list(self.said.items()):
             if beats.get(index, before) != before:
                 self.said[index] = (beats[index], now)
+                if json.loads(beats[index]).get("left"):
+                    del self.said[index]  # it has done its part; JAX waits for all at the end
         wells = [json.loads(said or "{}").get("well", False) for said, _ in self.said.values()]
         if all(now - when < 4 * EVERY for _, when in self.said.values()) and (self.index == 0 or all(wells)):
             self.all_well = now
@@ -151,12 +175,12 @@ class Pulse:
         """JAX aborts a process whose coordinator is gone, at once and from a thread of its own. It takes no callback
         (as of 0.12 it cannot convert what it would pass), so the signal of the abort is what can be caught."""
         kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
-        libc = ctypes.CDLL(None)
+        self._libc = libc = ctypes.CDLL(None)
         libc.signal.restype = ctypes.c_void_p
 
         def aborted(signum: int) -> None:
             silent = [i for i, (_, when) in self.said.items() if time.monotonic() - when > 8 * EVERY]
-            if self.index > 0 and not _answers(self.address):
+            if 0 in self.said and not _answers(self.address):
                 silent = [0]
             if silent or preemption.state.why:
                 self._end(", ".join(self._name(i) for i in silent))

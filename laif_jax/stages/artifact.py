@@ -17,7 +17,7 @@ from typing import Any
 
 from etils import epath
 
-from laif_jax.parallel import distributed
+from laif_jax.parallel import distributed, preemption
 from laif_jax.parallel.preemption import Preempted
 from laif_jax.records import content_id, write_json
 from laif_jax.records.errors import LaifError
@@ -117,14 +117,20 @@ def run_stage(
     except BaseException as error:
         if isinstance(error, Exception):
             distributed.confirm_processes()
+        # Who asks this process to end may have ended its helpers too: what comes of that is no failure of the stage.
+        stopped = isinstance(error, Preempted) or (
+            isinstance(error, Exception) and bool(preemption.state.why)
+        )
         manifest |= {
-            "status": "stopped" if isinstance(error, Preempted) else "failed",
+            "status": "stopped" if stopped else "failed",
             "error": f"{type(error).__name__}: {error}",
             "seconds": before + time.monotonic() - start,
         }
         if isinstance(error, Exception):
             manifest["traceback"] = traceback.format_exc()
         _write_failure(manifest_path, manifest)
+        if stopped and isinstance(error, Exception):
+            raise Preempted(f"{kind}-{key} ended by {type(error).__name__}: {error}") from error
         if isinstance(error, StageError) or not isinstance(error, Exception):
             raise
         raise StageError(f"{kind}-{key}: {type(error).__name__}: {error}") from error

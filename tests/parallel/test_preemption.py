@@ -40,6 +40,23 @@ def test_outside_of_a_loop_it_ends_the_run_at_once_and_the_stage_says_why(tmp_pa
     assert run_stage("label", {}, {}, tmp_path, lambda folder: {}).manifest["status"] == "done"
 
 
+def test_a_failure_of_what_was_told_to_end_as_well_is_no_failure_of_the_stage(tmp_path):
+    """A launcher may signal a whole group: the labelling service ends, and the stage that needs it with an error."""
+
+    def work(folder):
+        with loop():
+            ask()
+            raise ConnectionError("the labelling service is gone")
+
+    with (
+        pytest.raises(Preempted, match="ended by ConnectionError: the labelling service is gone"),
+        listening(),
+    ):
+        run_stage("ppo", {}, {}, tmp_path, work)
+    (manifest,) = tmp_path.glob("ppo-*/manifest.json")
+    assert json.loads(manifest.read_text())["status"] == "stopped"
+
+
 def test_in_a_loop_it_waits_for_the_end_of_the_step():
     with listening(), contextlib.suppress(Preempted), loop():
         seen = [reached()]

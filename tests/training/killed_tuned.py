@@ -55,6 +55,10 @@ def attempt(kind: str, out: Path, started: int) -> None:
         batches = preference_batches(pairs, **options)
         task = preference_task(small.config(), spec, **small.F32, max_segments=batches.layout.max_segments)
 
+    def callback(step: int, _: Any) -> None:
+        del step
+        os.write(started, b"x")
+
     result = train(
         task,
         batches,
@@ -62,7 +66,7 @@ def attempt(kind: str, out: Path, started: int) -> None:
         spec,
         out,
         mesh=small.mesh(),
-        callback=lambda step, state: os.write(started, b"x") and None,
+        callback=callback,
         callback_every=1,
         progress=False,
     )
