@@ -15,6 +15,7 @@ from laif_jax.labeling.access import read_token
 from laif_jax.labeling.calls import Endpoint
 from laif_jax.labeling.client import LabelClient
 from laif_jax.labeling.local_servers import running
+from laif_jax.labeling.providers.remote import is_loopback
 from laif_jax.labeling.service import start_service
 from laif_jax.models import fetch
 from laif_jax.parallel import distributed, mesh
@@ -82,9 +83,19 @@ class Services(contextlib.AbstractContextManager):
         """The endpoint as the labelling service can reach it; starts the local server that it needs, once.
 
         A `gguf` that is a name which `laif fetch` knows is fetched first.
+
+        Raises:
+          StageError: its server would run on this machine, and the labelling service runs on another.
         """
         if name not in self._endpoints:
-            spec = with_weights(self._config.endpoints[name])
+            spec, url = self._config.endpoints[name], self._config.labeling.url
+            if spec.provider in ("llama_cpp", "checkpoint") and url is not None and not is_loopback(url):
+                raise StageError(
+                    f"endpoints.{name}: its server would run on this machine, where the labelling service at {url} "
+                    "cannot reach it. Start the server where it can (`laif serve model`) and give its address with "
+                    "`provider: openai`; or leave `labeling.url` out, and the run has a service of its own"
+                )
+            spec = with_weights(spec)
             self._endpoints[name] = self._stack.enter_context(running(spec))
         return self._endpoints[name]
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from etils import epath
 
-from laif_jax.labeling.errors import LabelServiceError
+from laif_jax.labeling.errors import EndpointError, LabelServiceError
 from laif_jax.stages import prompts, teach
 from laif_jax.stages.artifact import StageError
 from laif_jax.stages.context import Services, StudyContext
@@ -61,3 +61,17 @@ def test_a_study_that_asks_for_more_is_told_so(remote, tmp_path):
     with pytest.raises((StageError, LabelServiceError), match=r"403.*big \(big at http.*--endpoints FILE"):
         taught(study(tmp_path / "study", url, dearer), "big")
     assert not server.calls
+
+
+def test_a_model_server_of_this_machine_is_of_no_use_to_a_service_elsewhere(tmp_path):
+    local = {"provider": "checkpoint", "checkpoint": str(tmp_path / "model")}
+    with study(tmp_path / "study", "http://labels.example:8080", local).services as services:
+        with pytest.raises(StageError, match=r"endpoints\.big.*laif serve model"):
+            services.endpoint("big")
+        assert services.endpoint("weak").provider == "simulated"
+    near = study(tmp_path / "other", "http://127.0.0.1:8080", local)
+    with (
+        near.services as services,
+        pytest.raises(EndpointError, match=r"no model folder"),
+    ):  # it is looked for
+        services.endpoint("big")
