@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laif_jax.config.load import ConfigError
@@ -246,6 +246,7 @@ VALUES = {
 }
 
 
+@settings(deadline=None)
 @given(st.fixed_dictionaries(VALUES))
 def test_what_is_admitted_is_always_an_entry(fields: dict[str, Any]) -> None:
     specs = {
