@@ -9,19 +9,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
+from laif_jax.labeling.ahead import Ahead
 from laif_jax.labeling.calls import Call
 from laif_jax.labeling.errors import LabelError
 from laif_jax.labeling.jobs import JobStatus
 from laif_jax.labeling.leases import Claimed, Want
-from laif_jax.labeling.scheduler import Outcome, Party, Scheduler, request_row, stored_outcome, utf8
+from laif_jax.labeling.rows import job_row, request_row, result_rows
+from laif_jax.labeling.scheduler import Outcome, Party, Scheduler, stored_outcome
 from laif_jax.labeling.store import Done, Row, Store, now
 from laif_jax.labeling.work import Work
 
 log = logging.getLogger(__name__)
 WINDOW = 512  # items that are looked up in the store together
-AHEAD = 512  # calls that are claimed before a worker is free for them, at most
 TURN = 8  # items between two looks of the event loop at what else is due
 STOPPED = "its client stopped the job"
 ENDED = "the service ended before the job did; submit it again"
@@ -91,8 +91,8 @@ class JobRun:
         self._known: dict[int, list[Outcome]] = {}
         self._queue: asyncio.Queue[_Asked | None] = asyncio.Queue()
         self._moved = asyncio.Event()  # the queue runs low, or something that is waited for is answered
-        # A claim is a commit: workers go on meanwhile with those claimed before.
-        self._low = min(2 * party.provider.width, AHEAD)
+        self._ahead = Ahead(party.provider.width)
+        self._workers = self._ended = 0
         self._hungry = False  # waiting for answers of calls under way
 
     def stop(self) -> None:
@@ -161,19 +161,7 @@ class JobRun:
         await self._finish_run(state, reason)
 
     async def _begin(self) -> None:
-        row: Row = {
-            "id": self.id,
-            "kind": self.work.kind,
-            "endpoint": self.work.endpoint.name,
-            "endpoint_key": self.work.endpoint.key,
-            "critic": self.work.critic,
-            "state": "running",
-            "reason": "",
-            "total": len(self.work),
-            "counts": "{}",
-            "created": self._created,
-            "updated": self._created,
-        }
+        row = job_row(self.id, self.work, self._created)
         self.run_number = await asyncio.wrap_future(self.store.begin_job(row, self._body, self._cap))
         self._body = None
 
@@ -206,21 +194,21 @@ class JobRun:
     async def _work_off(self) -> None:
         width = self.party.provider.width
         async with asyncio.TaskGroup() as group:
-            workers = min(width, max(1, getattr(self.work, "most_calls", 2) * len(self.work)))
-            for _ in range(workers):
+            self._workers = min(width, max(1, getattr(self.work, "most_calls", 2) * len(self.work)))
+            for _ in range(self._workers):
                 group.create_task(self._worker())
-            await self._all_windows(width)
-            for _ in range(workers):
+            await self._all_windows()
+            for _ in range(self._workers):
                 self._queue.put_nowait(None)
 
-    async def _all_windows(self, width: int) -> None:
-        await self._windows(range(len(self.work)), width)
+    async def _all_windows(self) -> None:
+        await self._windows(range(len(self.work)))
         delay = POLL[0]
         while not self._over:
-            await self._next_stages(width)
+            await self._next_stages()
             if self._later:
                 later, self._later = sorted(set(self._later)), []
-                await self._windows(later, width)
+                await self._windows(later)
                 if self._later:
                     delay = POLL[0] if len(self._later) < len(later) else min(2 * delay, POLL[1])
                     await self._wait_hungry(delay)
@@ -229,12 +217,12 @@ class JobRun:
             elif not self._ready:
                 return
 
-    async def _next_stages(self, width: int) -> None:
+    async def _next_stages(self) -> None:
         """Asks what follows from the answers that are here, so that no item waits for all others' first stage."""
         while self._ready and not self._over:
             ready, self._ready = sorted(set(self._ready)), []
             for start in range(0, len(ready), WINDOW):
-                await self._ask(await self._look_up(ready[start : start + WINDOW]), width)
+                await self._ask(await self._look_up(ready[start : start + WINDOW]))
 
     async def _wait_hungry(self, seconds: float) -> None:
         self._hungry = True
@@ -254,7 +242,7 @@ class JobRun:
 
     # ---- windows -----------------------------------------------------------------------------------------------
 
-    async def _windows(self, positions: Sequence[int], width: int) -> None:
+    async def _windows(self, positions: Sequence[int]) -> None:
         """Looks items up, window by window, and asks what is not answered. The next window is looked up while the calls
         of one are claimed."""
         ahead: asyncio.Task[list[_Asked]] | None = None
@@ -262,13 +250,13 @@ class JobRun:
             for start in range(0, len(positions), WINDOW):
                 left = None if ahead is None else await ahead
                 ahead = asyncio.create_task(self._look_up(positions[start : start + WINDOW]))
-                await self._ask(left or [], width)
-                await self._next_stages(width)
+                await self._ask(left or [])
+                await self._next_stages()
                 if self._over:
                     return
             if ahead is not None:
-                await self._ask(await ahead, width)
-                await self._next_stages(width)
+                await self._ask(await ahead)
+                await self._next_stages()
         finally:
             if ahead is not None and not ahead.done():
                 ahead.cancel()
@@ -310,16 +298,23 @@ class JobRun:
             await asyncio.wrap_future(self.store.write())
         return left
 
-    async def _ask(self, left: Sequence[_Asked], width: int) -> None:
-        chunk = max(8, min(AHEAD // 2, width))
-        for start in range(0, len(left), chunk):
-            await self._chunk(list(left[start : start + chunk]), width)
+    async def _ask(self, left: Sequence[_Asked]) -> None:
+        start = 0
+        while start < len(left) and not self._over:
+            await self._runs_low()
+            queued = self._queue.qsize()
+            count = self._ahead.next(self._workers - (self._asking - queued), queued)
+            await self._chunk(list(left[start : start + count]))
+            start += count
 
-    async def _chunk(self, entries: list[_Asked], width: int) -> None:
+    async def _runs_low(self) -> None:
+        while self._queue.qsize() > self._ahead.low and not self._over:
+            await self._wait(1.0)
+
+    async def _chunk(self, entries: list[_Asked]) -> None:
         """Claims requests and queues those that we got; waits for money where the budget has no room."""
         while entries:
-            while self._queue.qsize() > self._low and not self._over:
-                await self._wait(1.0)
+            await self._runs_low()
             if self._over:
                 return
             if why := self.party.breaker.reason:
@@ -330,7 +325,9 @@ class JobRun:
                     )
                 return
             idle = self._asking == 0  # then nothing that is reserved for this job can come back
+            ended = self._ended
             claimed = await self._claim(entries)
+            self._ahead.ended(self._ended - ended)
             by_key = {entry.call.key: entry for entry in entries}
             for key, attempts in claimed.granted.items():
                 by_key[key].attempts = attempts
@@ -377,10 +374,11 @@ class JobRun:
 
     async def _worker(self) -> None:
         while (entry := await self._queue.get()) is not None:
-            if self._queue.qsize() <= self._low:
+            if self._queue.qsize() <= self._ahead.low:
                 self._moved.set()
             outcome = await self.scheduler.ask(self.party, entry.call, entry.attempts, entry.most)
             self._asking -= 1
+            self._ended += 1
             if self._hungry:
                 self._moved.set()
             if outcome.denied:
@@ -412,26 +410,9 @@ class JobRun:
         self._known.pop(item.position, None)
         results = self.work.results(item.position, outcomes)
         self.scheduler.meters.result(self.work, item.position, results[0].record)
-        date, status = now(), results[0].status
-        rows: dict[str, Row] = {}  # two parts may be one and the same result
-        for result in results:
-            rows[result.key] = {
-                "key": result.key,
-                "kind": result.kind,
-                "item": result.item,
-                "status": result.status,
-                "endpoint_key": self.work.endpoint.key,
-                "critic_hash": result.critic_hash,
-                "record": utf8(result.record),
-                "updated": date,
-            }
-        common: dict[str, Any] = {"job": self.id, "position": item.position, "run": self.run_number}
-        places = [
-            {**common, "part": result.part, "result": result.key, "status": result.status}
-            for result in results
-        ]
+        status, endpoint = results[0].status, self.work.endpoint.key
         self.store.post(
-            {"results": list(rows.values()), "job_items": places},
+            result_rows(self.id, self.run_number, item.position, endpoint, results),
             [],
             self._ends.get(status) or self._ends.setdefault(status, partial(self._committed, status)),
         )

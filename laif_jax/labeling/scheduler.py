@@ -302,24 +302,6 @@ def _plain(text: str) -> str:
     return text.encode("utf-8", "replace").decode().replace("\x00", "\ufffd")
 
 
-def request_row(call: Call) -> Row:
-    """The `requests` row of a call that has not been made."""
-    date = now()
-    return {
-        "key": call.key,
-        "endpoint_key": call.endpoint.key,
-        "model": call.endpoint.model,
-        "state": "pending",
-        "attempts": 0,
-        "reason": "",
-        "owner": "",
-        "job": "",
-        "reserved": 0,
-        "created": date,
-        "updated": date,
-    }
-
-
 def stored_outcome(call: Call, row: Row) -> Outcome | None:
     """The outcome in a stored response; None if it cannot be read as this call needs it."""
     try:

@@ -14,6 +14,7 @@ from laif_jax.labeling import schema
 from laif_jax.labeling.calls import Call, Endpoint
 from laif_jax.labeling.errors import AuthFailed, BadRequest, CallError, EndpointError, Overloaded
 from laif_jax.labeling.jobs import JobStatus, JudgeJob
+from laif_jax.labeling.leases import LEASE
 from laif_jax.labeling.providers import BatchProvider, Reply, SqlLedger, make_provider
 from laif_jax.labeling.providers.ledger import batches
 from laif_jax.labeling.runner import Runner
@@ -128,8 +129,11 @@ def test_polling_goes_on_after_a_crash(kind: str, ledger: SqlLedger) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_whose_answer_was_lost_is_found_on_the_list(kind: str, ledger: SqlLedger) -> None:
+def test_a_batch_whose_answer_was_lost_is_found_on_the_list(
+    kind: str, ledger: SqlLedger, monkeypatch
+) -> None:
     """The provider took the batch, and we never heard of it: the connection broke, or we were killed."""
+    monkeypatch.setattr("laif_jax.labeling.providers.batch.SETTLE", 60.0)
     api = APIS[kind]()
     api.before_answer = lambda: Response(drop=True)
     with serve(api) as server:
@@ -363,28 +367,36 @@ def test_what_holds_live_calls_back_does_not_cut_a_batch_up(tmp_path: Path) -> N
     assert [len(batch["rows"]) for batch in api.batches.values()] == [120]
 
 
-def test_a_batch_that_outlives_its_lease_many_times_stays_with_its_worker(place) -> None:
+def test_a_batch_that_outlives_its_lease_many_times_stays_with_its_worker(place, monkeypatch) -> None:
     """Another worker on the same store, who would take over calls whose lease has expired, finds the lease renewed."""
     api = AnthropicBatchApi()
     api.done = False
-    lease = 1.0
+    now = 1e9  # by the store's clock
+    monkeypatch.setattr("laif_jax.labeling.leases.clock", lambda connection: now)
+
+    def expires(store: Store) -> dict[str, float]:
+        workers = schema.workers.c
+        with store.engine.connect() as connection:
+            return {row.id: row.expires for row in connection.execute(sa.select(workers.id, workers.expires))}
 
     async def life(at: Endpoint) -> None:
-        one, two = Store(place, lease=lease), Store(place, shared=True, lease=lease)
+        nonlocal now
+        one, two = Store(place), Store(place, shared=True)
         first, second = Runner(one, join=True), Runner(two, join=True)
         job = JudgeJob(endpoint=at, critic="laif_basic", comparisons=tuple(planted(10)))
         work = job.work()
         first.submit(work, job.model_dump_json().encode())
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             while not (api.polls and second.running):
                 await asyncio.sleep(0.01)
-        waited = asyncio.get_running_loop().time() + 4 * lease
-        while asyncio.get_running_loop().time() < waited:
-            assert one.left() == {"in_flight": 20}
-            with one.engine.connect() as connection:
-                owners = connection.execute(sa.select(schema.requests.c.owner).distinct()).scalars().all()
-            assert owners == [one.worker]
-            await asyncio.sleep(0.1)
+            for _ in range(6):  # four leases
+                now += 2 / 3 * LEASE
+                while expires(one) != dict.fromkeys((one.worker, two.worker), now + LEASE):
+                    await asyncio.sleep(0.01)
+                assert one.left() == {"in_flight": 20}
+        with one.engine.connect() as connection:
+            owners = connection.execute(sa.select(schema.requests.c.owner).distinct()).scalars().all()
+        assert owners == [one.worker]
         api.done = True
         assert (await ended(first, work.id)).counts == {"tie": 10}
         await second.close()
