@@ -6,7 +6,7 @@ lets go of its file lock), elsewhere when its lease has expired.
 """
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from sqlalchemy.engine import Connection
 
 from laif_jax.labeling import budget
 from laif_jax.labeling.database import clock, dead_workers
+from laif_jax.labeling.open_batches import Presumed, presumed_for, take_back
 from laif_jax.labeling.schema import requests, usage, workers
 from laif_jax.labeling.statements import having, inserts
 
@@ -67,9 +68,13 @@ def claim(connection: Connection, worker: str, job: str, wants: Sequence[Want], 
     scopes = [budget.SERVICE, job]
     paid = any(want.most for want in wants)
     rooms: list[int | None] = []
+    held: dict[str, Presumed] = {}
     if paid:
         budget.ensure(connection, scopes)
-        rooms = [account.room for account in budget.accounts(connection, scopes, lock=True).values()]
+        accounts = budget.accounts(connection, scopes, lock=True)
+        rooms = [account.room for account in accounts.values()]
+        if accounts[budget.SERVICE].presumed:
+            held = presumed_for(connection, [want.key for want in wants])
     known = _known(connection, [want.key for want in wants])
     open_wants: list[Want] = []
     for want in wants:
@@ -82,7 +87,7 @@ def claim(connection: Connection, worker: str, job: str, wants: Sequence[Want], 
             claimed.failed[want.key] = reason
         else:
             open_wants.append(want)
-    fits = budget.affordable(rooms, [want.most for want in open_wants])
+    fits = budget.affordable(rooms, [_cost(want, job, held) for want in open_wants])
     taken = [want for want, fit in zip(open_wants, fits, strict=True) if fit]
     claimed.denied = [want.key for want, fit in zip(open_wants, fits, strict=True) if not fit]
     got = _take(connection, worker, job, taken, set(known))
@@ -96,8 +101,18 @@ def claim(connection: Connection, worker: str, job: str, wants: Sequence[Want], 
         _insert(connection, fresh)
     if paid:
         reserved = sum(want.most for want in taken if want.key in got)
-        budget.apply(connection, {scope: budget.Change(reserved=reserved) for scope in scopes})
+        changes = {scope: budget.Change(reserved=reserved) for scope in scopes}
+        again = [held[want.key] for want in taken if want.key in got and want.key in held]
+        for scope, nanos in take_back(connection, again).items():
+            changes.setdefault(scope, budget.Change()).add(presumed=-nanos)
+        budget.apply(connection, changes)
     return claimed
+
+
+def _cost(want: Want, job: str, held: Mapping[str, Presumed]) -> int:
+    """What a claim adds to the budgets: less what they hold for a call that a batch may still answer."""
+    entries = held[want.key].jobs if want.key in held else ()
+    return max(0, want.most - sum(nanos for name, nanos in entries if name == job))
 
 
 def _known(connection: Connection, keys: Sequence[str]) -> dict[str, tuple[str, str, str, int]]:

@@ -5,6 +5,8 @@ given back; and no answer to it is stored. Everything else is settled.
 """
 
 import datetime
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from laif_jax.labeling import schema
+from laif_jax.labeling.budget import SERVICE
 from laif_jax.labeling.errors import StoreError
 from laif_jax.labeling.providers import ledger
 
@@ -40,8 +43,11 @@ class OpenBatch:
 
 
 def has_batches(connection: Connection) -> bool:
-    """Whether the store ever held a batch."""
-    return sa.inspect(connection).has_table("batches")
+    """Whether the store ever held a batch. Asked with every claim where money is presumed, so without an inspector."""
+    query = "SELECT to_regclass('batches')"
+    if connection.dialect.name == "sqlite":
+        query = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'batches'"
+    return connection.exec_driver_sql(query).scalar() is not None
 
 
 def waiting_rows() -> Any:
@@ -79,6 +85,53 @@ def open_batches(connection: Connection) -> list[OpenBatch]:
         OpenBatch(tag, remote_id, state, rows, names.get(key, key), created)
         for tag, remote_id, state, key, created, rows in found
     ]
+
+
+@dataclass(frozen=True)
+class Presumed:
+    """What the store presumes to be on the bill for a call that an open batch may still answer: it was under way when
+    its worker ended. `ids`: of the entries of `usage`, `jobs`: their jobs and nano-dollars."""
+
+    ids: tuple[int, ...]
+    jobs: tuple[tuple[str, int], ...]
+
+
+def presumed_for(connection: Connection, keys: Sequence[str]) -> dict[str, Presumed]:
+    """By request, of those that open batches hold. Such a call is on the bill once, whoever waits for it: who claims it
+    again reserves its cost in the place of what is presumed."""
+    if not has_batches(connection):
+        return {}
+    used, found = schema.usage.c, {}
+    for start in range(0, len(keys), 500):
+        some = _rows.key.in_(keys[start : start + 500])
+        sent = sa.select(_rows.key, sa.func.min(_batches.created)).join(
+            ledger.batches, _rows.tag == _batches.tag
+        )
+        since = {
+            row[0]: row[1] for row in connection.execute(sent.where(some, waiting_rows()).group_by(_rows.key))
+        }
+        if not since:
+            continue
+        query = sa.select(used.id, used.key, used.job, used.nanos, used.date).where(
+            used.kind == "presumed", used.key.in_(list(since)), used.nanos.is_not(None)
+        )
+        for number, key, job, nanos, date in connection.execute(query):
+            if date >= since[key]:  # what was lost before the batch was sent is another call
+                old = found.get(key, Presumed((), ()))
+                found[key] = Presumed((*old.ids, number), (*old.jobs, (job, nanos)))
+    return found
+
+
+def take_back(connection: Connection, presumed: Sequence[Presumed]) -> dict[str, int]:
+    """Strikes presumed calls off the books; nano-dollars by scope of the budget."""
+    ids = [number for one in presumed for number in one.ids]
+    for start in range(0, len(ids), 500):
+        connection.execute(sa.delete(schema.usage).where(schema.usage.c.id.in_(ids[start : start + 500])))
+    scopes: Counter[str] = Counter()
+    for job, nanos in (entry for one in presumed for entry in one.jobs):
+        for scope in {SERVICE, job} - {""}:
+            scopes[scope] += nanos
+    return dict(scopes)
 
 
 def give_up(connection: Connection, tag: str) -> None:

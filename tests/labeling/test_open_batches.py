@@ -148,6 +148,35 @@ def test_young_batches_and_those_beside_one_of_unknown_fate_stay(place) -> None:
     store.close()
 
 
+def test_a_batch_that_outlives_its_service_fits_its_budget_and_is_booked_once(place) -> None:
+    """Each service that ends presumes the batch to be on the bill; it is, once."""
+    api = OpenAIBatchApi()
+    api.done = False
+    with serve(api) as server:
+        asked = job(server)
+        store = Store(place)
+        store.set_cap(13_000_000)  # room for the batch at its bound, and not for two
+        store.close()
+        for _ in range(3):
+            api.polls = 0
+            interrupted(place, asked, api)
+            store = Store(place)
+            account = store.account()
+            store.close()
+            assert account.presumed + account.reserved == 12_060_000  # while nobody waits for it, too
+        api.done = True
+        assert finish(place, asked) == {"tie": 5}
+        store = Store(place)
+        account = store.account()
+        with store.engine.connect() as connection:
+            kinds = connection.execute(sa.text("SELECT kind, count(*) FROM usage GROUP BY kind")).all()
+        store.close()
+    assert [tuple(row) for row in kinds] == [("answered", 10)]
+    assert 0 < account.spent < 13_000_000
+    assert (account.presumed, account.reserved) == (0, 0)
+    assert set(api.asked.values()) == {1}
+
+
 @pytest.mark.parametrize("name", ["all.jsonl.gz", "all.parquet"])
 def test_an_open_batch_goes_along_and_is_read_where_its_job_goes_on(place, tmp_path: Path, name: str) -> None:
     api = OpenAIBatchApi()
