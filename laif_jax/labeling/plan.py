@@ -21,6 +21,10 @@ from laif_jax.records import Usage
 BYTES_PER_TOKEN = 4
 SECONDS_FIRST, TOKENS_PER_SECOND = 0.5, 50.0  # of a hosted model, whose latency is not known
 BATCH_SECONDS = 24 * 3600.0  # a provider answers a batch within a day
+PARTS = (
+    "all calls of a batch are reserved at once at their bound (a token per byte), a few times this estimate; within a "
+    "smaller budget it goes in parts, one after the other"
+)
 NO_PRICE = "its price is not known: give `prompt_price` and `completion_price`, or no budget can be held"
 ESTIMATED = (
     f"tokens are estimated: {BYTES_PER_TOKEN} bytes each; answers that do not exist yet at their longest",
@@ -130,7 +134,9 @@ class Plan:
         for row in self.rows:
             if row.warning:
                 prices.setdefault(row.warning, []).append(f"{row.model}")
+        batches = dict.fromkeys(row.model for row in self.rows if row.spec.batch and row.calls)
         return [
+            *([f"{', '.join(batches)}: {PARTS}"] if batches else []),
             *(f"at most ({', '.join(dict.fromkeys(names))}): {why}" for why, names in bounds.items()),
             *(f"{', '.join(dict.fromkeys(names))}: {warning}" for warning, names in prices.items()),
         ]

@@ -133,3 +133,5 @@ def test_dollars_are_those_of_single_calls() -> None:
     batch.add(1, 1000, 10)
     assert batch.nanos == pytest.approx(one.nanos / 2, abs=1)
     assert batch.seconds == planning.BATCH_SECONDS
+    assert any("in parts" in why for why in planning.Plan([row, batch], []).reasons)
+    assert not any("in parts" in why for why in planning.Plan([row], []).reasons)
