@@ -254,7 +254,7 @@ def test_what_is_admitted_is_always_an_entry(fields: dict[str, Any]) -> None:
         "b": EndpointSpec(provider="openai", base_url="http://h/v1", model="m", options={"a": 1}),
     }
     entries = [Endpoint.from_spec(spec) for spec in specs.values()]
-    endpoint = Endpoint.model_validate(fields)
+    endpoint = Endpoint.model_validate(fields | {"completion_price": fields["prompt_price"]})
     try:
         found = Allowed(specs).admit(endpoint)
     except NotAllowedError:

@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laif_jax.config.schema import EndpointSpec
@@ -120,6 +120,7 @@ def written(key: str, forms: list[int]) -> str:
     return "".join(found)
 
 
+@settings(deadline=None)
 @given(
     st.text('abcABC019-_+/=."\\', min_size=8, max_size=40).flatmap(
         lambda key: st.tuples(
