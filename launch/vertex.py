@@ -266,8 +266,7 @@ def results(options: argparse.Namespace) -> int:
 def metrics(study: dict[str, Any]) -> dict[str, float]:
     """Win rate, standard error and length of every arm, and the differences between arms."""
     found: dict[str, float] = {}
-    for arm in study["arms"]:
-        name = arm.get("name") or arm.get("arm")
+    for name, arm in study["arms"].items():
         for key in ("win_rate", "standard_error", "mean_length"):
             if arm.get(key) is not None:
                 found[f"{key}/{name}"] = float(arm[key])
