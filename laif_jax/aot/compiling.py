@@ -108,7 +108,7 @@ def compile_program(program: Program, where: Target) -> tuple[ProgramReport, Any
     """(report, the executable or None)."""
     start = time.perf_counter()
     with jax.sharding.use_abstract_mesh(where.mesh.abstract_mesh):  # no array can be put on these devices
-        traced = program.function.trace(*program.args, **program.static)
+        traced = program.function.trace(*program.args)
     work = flops_per_chip(traced.jaxpr, where.chips, unknown_trips=program.trips)
     given = programs.bytes_per_chip(program.args)
     base = ProgramReport(
@@ -215,7 +215,7 @@ def _bounds(report: ProgramReport, chip: Chip) -> dict[str, float]:
 def _estimated(base: ProgramReport, program: Program, where: Target) -> ProgramReport:
     """Without the chip's compiler. Temporaries: the gradients, what the backward pass keeps, and as much again as the
     largest parameter of a layer needs when it is brought together, eight times (weights and activations at work)."""
-    leaves = jax.tree.leaves(program.args)
+    leaves = [x for x in jax.tree.leaves(program.args) if hasattr(x, "shape")]
     largest = max((math.prod(x.shape[1:]) * 2.0 for x in leaves if len(x.shape) > 2), default=0.0)
     temporaries = program.grads + program.saved + 8.0 * largest if program.grads else 8.0 * largest
     given = base.argument_bytes - program.shared

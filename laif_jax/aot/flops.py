@@ -45,7 +45,8 @@ def _equation(equation: Any, share: float, trips: int) -> float:
         return _kernel(params, share, trips)
     if name == "shard_map":
         # Shapes inside are those of one chip along the manual axes.
-        manual = math.prod(params["mesh"].shape[axis] for axis in params.get("manual_axes", ()))
+        manual_axes = params.get("newly_manual_axes", params.get("manual_axes", ()))  # by version of JAX
+        manual = math.prod(params["mesh"].shape[axis] for axis in manual_axes)
         return _count(_open(params["jaxpr"]), max(share / manual, 1.0), trips)
     inner = [value for value in params.values() if hasattr(_open(value), "eqns")]
     return sum(_count(_open(value), share, trips) for value in inner[:1])

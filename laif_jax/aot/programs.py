@@ -55,8 +55,9 @@ class Program:
     """One compiled program of a stage.
 
     Attributes:
-      name: "train", "rollout", "update", "prefill" or "decode". function: jitted. args: ShapeDtypeStructs.
-      static: keyword arguments that are part of the program. examples: of one run, over all chips.
+      name: "train", "rollout", "update", "prefill" or "decode". function: jitted. args: ShapeDtypeStructs, and static
+        numbers.
+      examples: of one run, over all chips.
       model_flops: of one run, over all chips. trips: of loops that end on data. repeat: runs per stage step.
       resident: bytes per chip that lie in memory meanwhile and are not among the arguments.
       shared: bytes per chip that are counted twice among the arguments, being the same arrays.
@@ -68,7 +69,6 @@ class Program:
     args: tuple[Any, ...]
     examples: float
     model_flops: float
-    static: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     trips: int = 1
     repeat: int = 1
     resident: float = 0.0
@@ -139,7 +139,7 @@ def bytes_per_chip(tree: Any) -> float:
         shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
         return math.prod(shape) * jnp.dtype(x.dtype).itemsize
 
-    return float(sum(one(leaf) for leaf in jax.tree.leaves(tree)))
+    return float(sum(one(leaf) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "shape")))
 
 
 # ---- training ----------------------------------------------------------------------------------------------------
@@ -398,11 +398,11 @@ def sample(config: RunConfig, mesh: AnyMesh) -> list[Program]:
     prompt = (params, row(jnp.int32, width), row(jnp.int32), settings, ends)
     forward = lambda tokens, length: model_flops({}, params, cfg, tokens, length, forward_only=True)  # noqa: E731
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        state = jax.eval_shape(lambda *args: run.prefill(*args, cache_length=cache), *prompt)
+        state = jax.eval_shape(lambda *args: run.prefill(*args, cache), *prompt)
     state = jax.tree.map(lambda x: struct(x.shape, x.dtype, by_rows), state)
     decode = (params, state, settings, ends, row(jnp.bool_), struct((), jnp.int32, whole))
     return [
-        Program("prefill", run.prefill, prompt, rows, forward(rows * width, width), {"cache_length": cache}),
+        Program("prefill", run.prefill, (*prompt, cache), rows, forward(rows * width, width)),
         Program("decode", run.decode, decode, 0.0, forward(rows, cache), repeat=capacity),
     ]
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jaxlib
 from jax.experimental import serialize_executable
+from jax.sharding import Mesh
 
 log = logging.getLogger(__name__)
 FOLDER = "LAIF_EXECUTABLES"  # the environment variable that names the folder
@@ -76,4 +77,4 @@ class Prepared:
 def prepared(jitted: Any, mesh: Any) -> Any:
     """`jitted`, or the same with executables from the folder that LAIF_EXECUTABLES names."""
     folder = os.environ.get(FOLDER)
-    return Prepared(jitted, mesh.devices.flat, folder) if folder else jitted
+    return Prepared(jitted, mesh.devices.flat, folder) if folder and isinstance(mesh, Mesh) else jitted

@@ -1,0 +1,253 @@
+"""The table of docs/results/aot.md: every stage of seven models, compiled for slices of four kinds of TPU.
+
+    python -m benchmarks.aot compile [--only WORD ...] [--minutes N]   one JSON file per cell; finished cells are kept
+    python -m benchmarks.aot page                                      writes docs/results/aot.md from the files
+
+A cell is a model, a slice and a stage. It is compiled by `laif compile ... --json` in a process of its own, so that one
+that fails or is interrupted costs no other. Needs the TPU compiler: pip install 'laif_jax[aot]'.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+CELLS = ROOT / "benchmarks" / "results" / "aot"
+PAGE = ROOT / "docs" / "results" / "aot.md"
+YARDSTICK = ROOT / "configs" / "yardstick" / "llama2_7b_sft.yaml"
+
+# Model -> (its name in the table of models, devices of the tensor axis).
+MODELS = {
+    "Llama-2-7B": ("meta-llama/Llama-2-7b-hf", 1),
+    "Mistral-7B": ("mistralai/Mistral-7B-v0.1", 1),
+    "Yi-6B": ("01-ai/Yi-6B", 1),
+    "DeepSeek-7B": ("deepseek-ai/deepseek-llm-7b-base", 1),
+    "Llama-2-13B": ("meta-llama/Llama-2-13b-hf", 1),
+    "Mixtral-8x7B": ("mistralai/Mixtral-8x7B-v0.1", 1),
+    "Llama-2-70B": ("meta-llama/Llama-2-70b-hf", 4),
+}
+_SMALL = {"v5e": "v5e-32", "v6e": "v6e-16", "v4": "v4-32", "v5p": "v5p-16"}
+_MIDDLE = {"v5e": "v5e-64", "v6e": "v6e-32", "v4": "v4-64", "v5p": "v5p-32"}
+_LARGE = {"v5e": "v5e-256", "v6e": "v6e-128", "v4": "v4-256", "v5p": "v5p-128"}
+SLICES = dict.fromkeys(("Llama-2-7B", "Mistral-7B", "Yi-6B", "DeepSeek-7B"), _SMALL) | {
+    "Llama-2-13B": _MIDDLE,
+    "Mixtral-8x7B": _LARGE,
+    "Llama-2-70B": _LARGE,
+}
+STAGES = ("sft", "dpo", "reward", "ppo", "sample")
+ROW, HALF = 2048, 1024
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One compile. `yardstick`: the row that is compared with MaxText."""
+
+    model: str
+    topology: str
+    stage: str
+    yardstick: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{'yardstick-' if self.yardstick else ''}{self.model}-{self.topology}-{self.stage}"
+
+    @property
+    def path(self) -> Path:
+        return CELLS / f"{self.name}.json"
+
+
+def cells() -> Iterator[Cell]:
+    """All, those that matter most first."""
+    yield Cell("Llama-2-7B", "v5e-16", "sft", yardstick=True)
+    for model in ("Mistral-7B", *[name for name in MODELS if name != "Mistral-7B"]):
+        for kind in ("v5e", "v6e", "v5p", "v4"):
+            for stage in STAGES:
+                yield Cell(model, SLICES[model][kind], stage)
+
+
+def config(cell: Cell) -> dict[str, Any]:
+    """The settings of a cell: one or two sequences per chip, all weights trained, AdamW, whole blocks recomputed."""
+    from laif_jax.aot.topologies import parse_slice
+
+    source, tensor = MODELS[cell.model]
+    rows = parse_slice(cell.topology).chips // tensor
+    steps = {"steps": 100, "max_prompt_length": 512, "optimizer": {"name": "adamw", "learning_rate": 1.0e-5}}
+    return {
+        "name": cell.name,
+        "model": {"source": source, "remat": "full"},
+        "mesh": {"fsdp": -1, "tensor": tensor},
+        "sft": steps | {"batch_size": 2 * rows, "max_length": ROW},
+        "dpo": steps | {"batch_size": rows, "max_length": HALF},
+        "reward": steps | {"batch_size": rows, "max_length": HALF},
+        "ppo": {
+            "batch_size": 4 * rows,
+            "minibatches": 2,
+            "micro_batch": rows,
+            "max_prompt_length": 512,
+            "sampling": {"max_new_tokens": 512, "batch_size": 4 * rows},
+        },
+        "sampling": {"max_new_tokens": 512, "batch_size": 8 * rows},
+    }
+
+
+def compile_cell(cell: Cell) -> dict[str, Any]:
+    """Runs `laif compile`; what went wrong is kept as `error`."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = YARDSTICK
+        if not cell.yardstick:
+            path = Path(folder) / "cell.yaml"
+            path.write_text(yaml.safe_dump(config(cell)))
+        command = [sys.executable, "-m", "laif_jax.cli", "compile", str(path), "--topology", cell.topology]
+        done = subprocess.run(
+            [*command, "--stage", cell.stage, "--json"],
+            cwd=ROOT,
+            env=dict(os.environ, PYTHONPATH=str(ROOT)),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    lines = done.stdout.strip().splitlines()
+    if done.returncode not in (0, 1) or not lines:
+        return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:500]}
+    return json.loads(lines[-1])
+
+
+def compile_all(only: list[str], minutes: float) -> None:
+    """Compiles the cells that have no file yet, until the time is over."""
+    end = time.monotonic() + 60 * minutes
+    CELLS.mkdir(parents=True, exist_ok=True)
+    for cell in cells():
+        if cell.path.exists() or not all(word in cell.name for word in only) or time.monotonic() > end:
+            continue
+        start = time.monotonic()
+        found = compile_cell(cell)
+        found["seconds"] = time.monotonic() - start
+        cell.path.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"{cell.name}: {found.get('error', 'done')} ({found['seconds']:.0f} s)", flush=True)
+
+
+# ---- the page ----------------------------------------------------------------------------------------------------
+
+
+def page() -> str:
+    """docs/results/aot.md."""
+    lines = [_HEAD, *_yardstick(), "", "## Stages", "", _STAGES_TEXT, ""]
+    for model in MODELS:
+        rows = [row for cell in cells() if cell.model == model and not cell.yardstick for row in _rows(cell)]
+        if rows:
+            lines += [f"### {model}", "", *_table(rows), ""]
+    todo = [cell.name for cell in cells() if not cell.path.exists()]
+    if todo:
+        lines += [
+            "## Not compiled yet",
+            "",
+            f"{len(todo)} of {sum(1 for _ in cells())} cells have no figures yet; `python -m benchmarks.aot compile` "
+            "goes on with them, and `python -m benchmarks.aot page` writes this page again.",
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _read(cell: Cell) -> dict[str, Any] | None:
+    return json.loads(cell.path.read_text()) if cell.path.exists() else None
+
+
+def _rows(cell: Cell) -> list[tuple[str, ...]]:
+    found = _read(cell)
+    if found is None:
+        return []
+    if "error" in found:
+        return [(cell.topology, cell.stage, f"not compiled: {found['error'][:80]}", *[""] * 7)]
+    stage = found["stages"][cell.stage]
+    gb = lambda value: f"{value / 1e9:.2f}"  # noqa: E731
+    price = stage["examples_per_dollar_bound"]
+    return [
+        (
+            cell.topology,
+            cell.stage,
+            "yes" if stage["fits"] else "no",
+            gb(stage["argument_bytes"]),
+            gb(stage["temp_bytes"]),
+            f"{gb(stage['peak_bytes'])} of {gb(stage['hbm_bytes'])}",
+            f"{stage['step_seconds_bound']:.3f}" if stage["fits"] else "",
+            f"{stage['mfu_bound']:.0%}" if stage["fits"] else "",
+            gb(sum(row["bytes"] for row in stage["collectives"].values())) if stage["fits"] else "",
+            f"{price:.0f}" if price and stage["fits"] else "",
+        )
+    ]
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    head = ("slice", "stage", "fits", "arguments GB", "temporaries GB", "peak GB", "bound s", "MFU bound",
+            "network GB", "examples per $")  # fmt: skip
+    return ["| " + " | ".join(row) + " |" for row in (head, ("---",) * len(head), *rows)]
+
+
+def _yardstick() -> list[str]:
+    found = _read(next(cells()))
+    if found is None or "error" in found:
+        return ["The yardstick has not been compiled."]
+    stage = found["stages"]["sft"]
+    rows = [
+        ("", "MaxText 0.2.5", "laif_jax"),
+        ("---", "---", "---"),
+        ("arguments per chip", "5.05 GB", f"{stage['argument_bytes'] / 1e9:.2f} GB"),
+        ("temporaries per chip", "4.93 GB", f"{stage['temp_bytes'] / 1e9:.2f} GB"),
+        ("FLOPs, a loop's body once", "5.93e12", f"{stage['flops']:.2e}"),
+        ("bytes accessed, a loop's body once", "4.29e10", f"{stage['bytes_accessed']:.2e}"),
+        ("peak memory, arguments included", "", f"{stage['peak_bytes'] / 1e9:.2f} GB of 17.18 GB"),
+        ("FLOPs of a whole step", "", f"{stage['step_flops']:.3e}"),
+        ("FLOPs that the model needs (6 N D and attention)", "", f"{stage['programs'][0]['model_flops']:.3e}"),
+        ("bound on a step's time, and on MFU", "", f"{stage['step_seconds_bound']:.2f} s, {stage['mfu_bound']:.0%}"),
+    ]  # fmt: skip
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+_HEAD = """# Memory, work and cost of every stage, compiled before any chip is rented
+
+Made by `python -m benchmarks.aot` from figures of `laif compile` (jax 0.10.2, libtpu 0.0.42, on a machine with 2 CPU
+cores and no TPU). Each is of the executable that XLA's TPU compiler made of the step that the stage runs; no step was
+run. Figures are per chip, GB = 1e9 bytes. What the columns mean: [compile](../reference/compile.md).
+
+## Yardstick
+
+Llama-2-7B, supervised fine-tuning on v5e-16: weights split over 16 chips, 2 rows of 2048 tokens per chip, whole
+blocks recomputed, AdamW, float32 weights (`laif compile configs/yardstick/llama2_7b_sft.yaml --topology v5e-16`).
+MaxText's figures are of the same compiler's `memory_analysis()` and `cost_analysis()`; the latter counts the body of
+a loop once, and most of the work is in a loop.
+"""
+_STAGES_TEXT = """\
+All weights trained, AdamW, bfloat16 compute, whole blocks recomputed. SFT: 2 rows of 2048 tokens per chip. DPO and
+reward model: 1 pair of 2 x 1024 tokens. PPO: 4 prompts of 512 tokens and 512 new ones per chip and iteration, 4
+epochs of 2 minibatches, with a value model, a reference and a reward model of the policy's size. Sampling: 8 prompts
+per chip, the same lengths. `bound`: the least time of one update, one iteration of PPO or one batch of samples, from
+FLOPs, memory traffic and traffic between chips at the chip's full speed; a real step takes longer. Prices:
+`laif_jax/aot/chips.yaml`."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("compile", "page"))
+    parser.add_argument("--only", nargs="*", default=[], help="words that a cell's name must have")
+    parser.add_argument("--minutes", type=float, default=1e9)
+    options = parser.parse_args()
+    if options.what == "compile":
+        compile_all(options.only, options.minutes)
+    else:
+        PAGE.write_text(page())
+        print(PAGE)
+
+
+if __name__ == "__main__":
+    main()
