@@ -1,30 +1,28 @@
 """The HTTP application: OpenAI's chat completions over one checkpoint."""
 
 import asyncio
-import hashlib
 import os
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax.numpy as jnp
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI
 
 from laif_jax.data.chat import TemplateName, encode_prompt, end_of_turn_ids
 from laif_jax.models.model import Model, load_model
 from laif_jax.rollout.engine import Engine, Row, RowOutput
 from laif_jax.serving.batcher import Batcher, ClosedError, DecodingError, QueueFullError, Ticket
+from laif_jax.serving.http import fingerprint, http_app
 from laif_jax.serving.protocol import (
     MAX_TOP_LOGPROBS,
     ApiError,
     ChatRequest,
     chat_response,
     choice,
+    queue_full,
     token_entry,
 )
 from laif_jax.serving.text import TokenText, find_stop, tokens_before
@@ -69,23 +67,31 @@ class ChatService:
         self.batcher = Batcher(self.engine, max_batch=max_batch, max_queue=max_queue, window=window)
         self._top = min(MAX_TOP_LOGPROBS, model.cfg.vocab_size)
 
+    @property
+    def max_length(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self.engine.max_length
+
+    @property
+    def queued(self) -> int:
+        """Completions that wait."""
+        return self.batcher.queued
+
+    @asynccontextmanager
+    async def running(self) -> AsyncGenerator[None, None]:
+        """While requests may come."""
+        self.batcher.start()
+        yield
+        await asyncio.to_thread(self.batcher.close)
+
     async def chat(self, request: ChatRequest) -> dict[str, Any]:
         """Answers a request. Raises ApiError."""
-        if request.model not in (self.name, "default"):
-            raise ApiError(
-                f"the model `{request.model}` does not exist here; this server has `{self.name}`",
-                status=404,
-                param="model",
-                code="model_not_found",
-            )
         prompt = self._prompt(request)
         tickets = self._tickets(request, prompt)
         try:
             futures = self.batcher.submit(tickets)
         except QueueFullError as error:
-            raise ApiError(
-                str(error), status=429, kind="rate_limit_error", code="rate_limit_exceeded"
-            ) from error
+            raise queue_full(str(error)) from error
         except ClosedError as error:
             raise ApiError(str(error), status=503, kind="server_error", code="shutting_down") from error
         try:
@@ -109,10 +115,10 @@ class ChatService:
             raise ApiError(str(error), param="messages", code="invalid_template") from error
         if not tokens:
             raise ApiError("the messages give an empty prompt; write something", param="messages")
-        if len(tokens) >= self.engine.max_length:
+        if len(tokens) >= self.max_length:
             raise ApiError(
                 f"the messages have {len(tokens)} tokens, which leaves no room in this model's context of "
-                f"{self.engine.max_length}; shorten them",
+                f"{self.max_length}; shorten them",
                 param="messages",
                 code="context_length_exceeded",
             )
@@ -122,7 +128,7 @@ class ChatService:
         n = request.n or 1
         if n > self.batcher.max_queue:
             raise ApiError(f"n: {n} completions at once are more than the queue holds", param="n")
-        room = self.engine.max_length - len(prompt)
+        room = self.max_length - len(prompt)
         seed = request.seed if request.seed is not None else int.from_bytes(os.urandom(8), "little")
         rows = [
             Row(
@@ -232,100 +238,4 @@ def create_app(
         window=window,
     )
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
-        service.batcher.start()
-        yield
-        await asyncio.to_thread(service.batcher.close)
-
-    app = FastAPI(title="laif model server", lifespan=lifespan)
-    app.state.service = service
-    add_errors(app)
-    add_routes(app, service, service.engine.max_length, lambda: service.batcher.queued)
-    return app
-
-
-class Answers(Protocol):
-    """What a server's routes need of what answers."""
-
-    name: str
-    fingerprint: str
-
-    async def chat(self, request: ChatRequest) -> dict[str, Any]: ...
-
-
-def add_routes(app: FastAPI, service: Answers, max_length: int, queued: Callable[[], int]) -> None:
-    """The addresses that clients of the chat protocol use. max_length: tokens that the model takes."""
-
-    @app.post("/v1/chat/completions")
-    async def chat(request: ChatRequest) -> dict[str, Any]:
-        return await service.chat(request)
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        entry = {"id": service.name, "object": "model", "created": 0, "owned_by": "laif_jax"}
-        return {"object": "list", "data": [{**entry, "max_model_len": max_length}]}
-
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
-        return {
-            "status": "ok",
-            "model": service.name,
-            "fingerprint": service.fingerprint,
-            "queued": queued(),
-        }
-
-
-def add_errors(app: FastAPI) -> None:
-    """Every error leaves in OpenAI's shape."""
-
-    @app.exception_handler(ApiError)
-    async def api_error(_: Request, error: ApiError) -> JSONResponse:
-        headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-        return JSONResponse(error.body, error.status, headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = str(first["msg"]).removeprefix("Value error, ")
-        if first["type"] == "json_invalid":
-            place, message = "", f"the body is not valid JSON ({message})"
-        elif first["type"] == "model_attributes_type":
-            message = "the body must be a JSON object, sent with the header content-type: application/json"
-        elif not place:
-            place = message.split(":")[0] if ":" in message else ""
-        else:
-            message = f"{place}: {message}"
-        return JSONResponse(ApiError(message, param=place or None).body, 400)
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        return JSONResponse(ApiError(message).body, error.status_code)
-
-    @app.exception_handler(Exception)
-    async def broken(_: Request, error: Exception) -> JSONResponse:
-        body = ApiError(f"{type(error).__name__}: {error}", kind="server_error").body
-        return JSONResponse(body, 500)
-
-
-def fingerprint(checkpoint: str) -> str:
-    """Names the weights that answer: a hash of the files' names and sizes and of the end of each (at most 1 MiB)."""
-    path = Path(checkpoint)
-    if path.is_dir():
-        found = [
-            *path.iterdir(),
-            *path.glob("member-*/*"),
-        ]  # an ensemble of reward models has a folder per member
-        files = sorted(p for p in found if p.suffix in (".safetensors", ".json", ".jinja"))
-    else:
-        files = [path] if path.is_file() else []
-    digest = hashlib.sha256(checkpoint.encode() if not files else b"")
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}:".encode())
-        with file.open("rb") as handle:
-            handle.seek(max(0, size - (1 << 20)))
-            digest.update(handle.read())
-    return f"laif-{digest.hexdigest()[:12]}"
+    return http_app(service, "laif model server")

@@ -47,6 +47,11 @@ class ApiError(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def queue_full(message: str) -> ApiError:
+    """The error of a request that would wait behind too many others."""
+    return ApiError(message, status=429, kind="rate_limit_error", code="rate_limit_exceeded")
+
+
 class TextPart(BaseModel):
     """A part of a message's content."""
 

@@ -22,8 +22,8 @@ from laif_jax.labeling.critic import Critic
 from laif_jax.labeling.parsers import LogprobParser
 from laif_jax.models.reward import RewardModel, load_reward_model
 from laif_jax.rollout.rewards import RewardScorer, combine, encode_response
-from laif_jax.serving.app import add_errors, add_routes, fingerprint
-from laif_jax.serving.protocol import ApiError, ChatRequest, chat_response, choice, token_entry
+from laif_jax.serving.http import fingerprint, http_app
+from laif_jax.serving.protocol import ApiError, ChatRequest, chat_response, choice, queue_full, token_entry
 from laif_jax.serving.questions import Question, QuestionError, QuestionReader
 
 log = logging.getLogger(__name__)
@@ -53,12 +53,16 @@ class RewardService:
         self.name, self.fingerprint, self.model = name, fingerprint, model
         self.reader = QuestionReader(critics)
         self.scorer = RewardScorer(model, dtype=dtype, batch_size=max_batch)
-        self.max_length = model.max_length or model.cfg.max_position
         self._window, self._max_batch = window, max_batch
         self._queue: asyncio.Queue[tuple[list[list[int]], asyncio.Future[np.ndarray]]] = asyncio.Queue(
             max_queue
         )
         self.batches = 0
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that prompt and response may have together."""
+        return self.model.max_length or self.model.cfg.max_position
 
     @property
     def queued(self) -> int:
@@ -67,13 +71,6 @@ class RewardService:
 
     async def chat(self, request: ChatRequest) -> dict[str, Any]:
         """Answers a request. Raises ApiError."""
-        if request.model not in (self.name, "default"):
-            raise ApiError(
-                f"the model `{request.model}` does not exist here; this server has `{self.name}`",
-                status=404,
-                param="model",
-                code="model_not_found",
-            )
         try:
             question = self.reader.read([message.plain() for message in request.messages])
         except QuestionError as error:
@@ -105,15 +102,17 @@ class RewardService:
         try:
             self._queue.put_nowait((sequences, future))
         except asyncio.QueueFull as error:
-            raise ApiError(
-                f"{self._queue.maxsize} questions wait already; ask again later",
-                status=429,
-                kind="rate_limit_error",
-                code="rate_limit_exceeded",
-            ) from error
+            raise queue_full(f"{self._queue.maxsize} questions wait already; ask again later") from error
         return await future
 
-    async def work(self) -> None:
+    @asynccontextmanager
+    async def running(self) -> AsyncGenerator[None, None]:
+        """While requests may come."""
+        worker = asyncio.create_task(self._work())
+        yield
+        worker.cancel()
+
+    async def _work(self) -> None:
         """Scores what waits, batch by batch, until it is cancelled."""
         while True:
             waiting = [await self._queue.get()]
@@ -198,14 +197,4 @@ def create_reward_app(
         window=window,
     )
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
-        worker = asyncio.create_task(service.work())
-        yield
-        worker.cancel()  # uvicorn answers the requests in flight before it ends the lifespan
-
-    app = FastAPI(title="laif reward server", lifespan=lifespan)
-    app.state.service = service
-    add_errors(app)
-    add_routes(app, service, service.max_length, lambda: service.queued)
-    return app
+    return http_app(service, "laif reward server")
