@@ -202,7 +202,7 @@ class Writer:
         while True:
             try:
                 with self._transaction() as connection:
-                    self._settle(connection, group.settles)
+                    self._settle(connection, group)
                     for name, rows in group.rows.items():
                         if rows:
                             self._statements[name](connection, rows)
@@ -224,31 +224,34 @@ class Writer:
                 self.commits += 1
                 return group.end(ends)
 
-    def _settle(self, connection: Connection, settles: list[Settle]) -> None:
+    def _settle(self, connection: Connection, group: _Group) -> None:
         """Books calls; a reservation that was given back meanwhile (an expired lease) is booked already."""
+        settles = group.settles
         if not settles:
             return
         reserved = sorted({settle.key for settle in settles if settle.most})
         ours = self._ours(connection, reserved) if reserved else set()
-        changes: dict[str, budget.Change] = {}
+        changes: dict[str, budget.Change] = {}  # by job
         ledger = []
         for settle in settles:
             nanos = settle.nanos
             if settle.most:
-                booked = 0 if settle.key not in ours else nanos or 0
-                freed = settle.most if settle.key in ours else 0
+                mine = settle.key in ours
+                nanos = nanos or 0 if mine else 0
+                change = changes.get(settle.job) or changes.setdefault(settle.job, budget.Change())
                 presumed = settle.kind == "presumed"
-                for scope in {budget.SERVICE, settle.job}:
-                    changes.setdefault(scope, budget.Change()).add(
-                        spent=0 if presumed else booked, presumed=booked if presumed else 0, reserved=-freed
-                    )
-                nanos = booked
+                change.add(0 if presumed else nanos, nanos if presumed else 0, -settle.most if mine else 0)
             if settle.kind != "free":
                 ledger.append(_ledger_row(settle, nanos))
         if ledger:
             self._statements["usage"](connection, ledger)
-        budget.apply(connection, changes)
-        for condition in having(connection, schema.requests.c.key, sorted(ours)) if ours else ():
+        total = budget.Change()
+        for change in changes.values():
+            total.add(change.spent, change.presumed, change.reserved)
+        budget.apply(connection, {**changes, budget.SERVICE: total} if changes else {})
+        # Calls that end in this group lose their reservation with their change of state.
+        kept = sorted(ours.difference(row["k"] for row in group.rows["states"]))
+        for condition in having(connection, schema.requests.c.key, kept) if kept else ():
             connection.execute(sa.update(schema.requests).where(condition).values(reserved=0))
 
     def _ours(self, connection: Connection, keys: list[str]) -> set[str]:
