@@ -179,12 +179,13 @@ class Pulse:
         libc.signal.restype = ctypes.c_void_p
 
         def aborted(signum: int) -> None:
-            silent = [i for i, (_, when) in self.said.items() if time.monotonic() - when > 8 * EVERY]
             if 0 in self.said and not _answers(self.address):
-                silent = [0]
-            if silent or preemption.state.why:
-                self._end(", ".join(self._name(i) for i in silent))
-            libc.signal(signum, None)  # not a lost process: abort by the default action
+                self._end(self._name(0))
+            if preemption.state.why:
+                self._end("")
+            # Also an accelerator's runtime aborts when another host is gone, perhaps before that was missed here.
+            self.confirm()
+            libc.signal(signum, None)  # nobody is lost: abort by the default action
 
         self._kept = kind(aborted)  # ctypes does not keep it alive
         libc.signal(int(signal.SIGABRT), self._kept)
