@@ -223,6 +223,26 @@ def test_secrets_reach_the_command_only(cloud, tmp_path):
     assert "length 11" in log.read_text()
 
 
+@pytest.mark.parametrize("state", ["PREEMPTED", "STOPPED", "REPAIRING"])
+def test_status_shows_a_slice_that_is_lost_and_does_not_wait_for_its_workers(cloud, state):
+    cloud.run("create", *POLL)
+    cloud.preempt(state, "ACTIVE")
+    assert cloud.run("status").stdout == f"request pod: ACTIVE\nslice pod: {state}\n"
+    assert not cloud.calls_of("tpu-vm", "ssh")
+
+
+def test_status_of_nothing_says_so(cloud):
+    assert cloud.run("status").stdout == "request pod: absent\n"
+
+
+def test_a_refusal_of_google_cloud_says_what_to_look_at(cloud):
+    (cloud.fakes / "gcloud").write_text("#!/bin/sh\necho 'ERROR: PERMISSION_DENIED: no' >&2\nexit 1\n")
+    for verb in (["create"], ["run", "--watch", "--", "true"]):
+        err = cloud.run(*verb, *([] if len(verb) > 1 else POLL), code=69).stderr
+        assert "PERMISSION_DENIED: no" in err
+        assert "roles/tpu.admin" in err
+
+
 def test_logs_are_of_the_worker_that_was_named(cloud):
     cloud.run("create", *POLL, LAIF_POD_SLICES="2")
     cloud.run("setup", LAIF_POD_SLICES="2")
@@ -367,8 +387,11 @@ def test_watch_stops_the_rest_when_one_worker_has_ended(cloud):
     assert "part of the workers ended and the rest did not" in said.stderr
 
 
-def test_watch_bears_a_service_that_fails_now_and_then(cloud):
-    cloud.set(fail={"queued-resources describe": 2, "tpu-vm scp": 1, "tpu-vm ssh": 2, "tpu-vm describe": 1})
+def test_watch_bears_a_service_that_is_slow_and_fails_now_and_then(cloud):
+    cloud.set(
+        slow=0.1,
+        fail={"queued-resources describe": 2, "tpu-vm scp": 1, "tpu-vm ssh": 2, "tpu-vm describe": 1},
+    )
     cloud.run("run", "--watch", *POLL, "--", *script(cloud, COUNT))
 
 
