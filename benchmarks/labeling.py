@@ -10,6 +10,9 @@ core.
 from its first tenth to its end; it opens the store again and times how long finding what is left to do takes. `--fill`
 writes those N rows directly, which is faster, where only the opening is to be measured.
 
+`--against distilabel` puts the same prompts to a simulated endpoint over HTTP, by our service and by distilabel, and
+gives the ratios; see `benchmarks.labeling_peers`.
+
 With --json the last line is one JSON object; all other lines are for people.
 """
 
@@ -291,8 +294,18 @@ def main() -> None:
     parser.add_argument("--fill", action="store_true", help="write these rows directly, without calls")
     parser.add_argument("--folder", help="where stores are made (default: the system's temporary folder)")
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object")
+    parser.add_argument("--against", choices=("distilabel",), help="also run this peer, and give the ratio")
+    parser.add_argument(
+        "--peer-python", type=Path, help="its interpreter (default: one is made below build/)"
+    )
     options = parser.parse_args()
     result = measure(options)
+    if options.against:
+        from benchmarks.labeling_peers import compare, peer_python  # not in the memory that was measured
+
+        python = options.peer_python or peer_python()
+        peer = compare(python, judgements=4000, in_flight=options.in_flight[-1], latency=options.latency)
+        result |= {"against": peer, "ratio": peer["ratio"]}
     print(json.dumps(result) if options.json else "\n".join(f"{k:24} {v}" for k, v in result.items()))
 
 
