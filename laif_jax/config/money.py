@@ -38,4 +38,5 @@ def show_money(nanos: int | None) -> str:
         return "unknown"
     dollars = Decimal(nanos) / NANOS
     digits = 2 if nanos == 0 or abs(dollars) >= 1 else 4 if abs(dollars) >= Decimal("0.001") else 9
-    return f"${dollars:,.{digits}f}"
+    shown = f"${dollars:,.{digits}f}"
+    return shown.rstrip("0") if digits == 9 else shown
