@@ -42,6 +42,7 @@ class State:
       why: the notice, or "". calls: of `reached`, the same in every process at the same place of the run. loops: above
         0 inside of a training loop. several: the processes decide together; then
       stop_at: the call of `reached` that stops, and now: do not wait for one. told: the notice is in the log.
+      raised: the main thread is on its way out.
       lock: of `calls`, `loops` and the decision. The signal handler, which may interrupt its holder, never takes it.
     """
 
@@ -54,6 +55,7 @@ class State:
         self.stop_at: int | None = None
         self.now = False
         self.told = False
+        self.raised = False
 
 
 state = State()
@@ -105,7 +107,8 @@ def stop_now() -> None:
 def _handle(signum: int, frame: Any) -> None:
     del frame
     state.why = state.why or signal.Signals(signum).name
-    if state.now or not (state.several or state.loops):
+    if not state.raised and (state.now or not (state.several or state.loops)):
+        state.raised = True  # a launcher may repeat itself, and must not cut short what ends in order
         raise Preempted()
 
 
@@ -154,7 +157,7 @@ def _hear(reader: int, mine: State) -> None:
 
 
 def _end_at_last(mine: State) -> None:
-    time.sleep(GRACE)
+    time.sleep(2 * GRACE)  # it may have services to end
     if state is mine and not mine.loops:
         log.warning("asked to stop (%s); ended while it was busy. %s", mine.why, GO_ON)
         os._exit(EXIT_CODE)

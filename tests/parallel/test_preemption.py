@@ -40,6 +40,23 @@ def test_outside_of_a_loop_it_ends_the_run_at_once_and_the_stage_says_why(tmp_pa
     assert run_stage("label", {}, {}, tmp_path, lambda folder: {}).manifest["status"] == "done"
 
 
+def test_a_second_notice_does_not_disturb_the_first():
+    ended = []
+
+    def work():
+        try:
+            ask()
+            time.sleep(60)
+        finally:
+            ask()
+            time.sleep(0.05)
+            ended.append("in order")
+
+    with pytest.raises(Preempted), listening():
+        work()
+    assert ended == ["in order"]
+
+
 def test_a_failure_of_what_was_told_to_end_as_well_is_no_failure_of_the_stage(tmp_path):
     """A launcher may signal a whole group: the labelling service ends, and the stage that needs it with an error."""
 
