@@ -21,7 +21,6 @@ from laif_jax.stages.context import Context, Services, StudyContext
 from laif_jax.stages.reward_data import Encoder, read_pairs
 from laif_jax.studies.graph import Node, execute
 from laif_jax.studies.laif import build
-from laif_jax.studies.run import study_folder
 from laif_jax.studies.single import run_folder
 
 # How the nodes of a training stage are named; of several, those of one round come first.
@@ -42,7 +41,7 @@ def inspect_stage(config_path: str, overrides: Sequence[str], stage: str, count:
         _inspect_reward(config_path, overrides, count)
         return
     config = load_config(config_path, overrides)
-    root = study_folder(config)
+    root = run_folder(config)
     with Services(config, root) as services:
         ctx = StudyContext(config=config, root=root, seed=config.seed, services=services)
         node = _training_node(ctx, stage)

@@ -23,6 +23,7 @@ from laif_jax.studies.laif import Replicate, build
 from laif_jax.studies.plan import Plan, plan_study, show_plan
 from laif_jax.studies.report import print_results, print_text, write_report
 from laif_jax.studies.results import Collected, collect
+from laif_jax.studies.single import run_folder
 from laif_jax.studies.spending import spending
 from laif_jax.training.step import enable_compilation_cache
 
@@ -47,7 +48,7 @@ def run_study(config_path: str, overrides: Sequence[str] = ()) -> int:
     # Critics are first used after training, and what is wrong with one should be known before.
     distributed.from_main(lambda: _check_critics(config))
     enable_compilation_cache()
-    root, plan = study_folder(config), None
+    root, plan = run_folder(config), None
     distributed.from_main(lambda: check_writable(root))
     if distributed.is_main():
         (root / "config.yaml").write_text(dump_config(config))
@@ -116,12 +117,6 @@ def rebuild_report(folder: str) -> epath.Path:
             raise StageError(f"{file}: no such file. `laif run CONFIG` writes it at the end of a study.")
     results, data = (json.loads(file.read_text()) for file in files)
     return _write_page(root, Collected(results, data["curves"], data["samples"], data.get("figures") or {}))
-
-
-def study_folder(config: StudyConfig) -> epath.Path:
-    """`<out>/<name>`, with the scale in the name unless it is the default one: scales never share results."""
-    suffix = "" if config.scale == "default" else f"-{config.scale}"
-    return epath.Path(config.out) / f"{config.name}{suffix}"
 
 
 def _targets(replicates: Sequence[Replicate]) -> list[Node]:
