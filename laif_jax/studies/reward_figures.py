@@ -147,7 +147,7 @@ def training_figure(curves: Mapping[str, Mapping[str, Sequence[Any]]]) -> str:
     """Loss and accuracy on training batches, a line per learning rate. '' without rows.
 
     Args:
-      curves: {learning rate as text: {"step", "loss", "accuracy"}}.
+      curves: {learning rate as text: {"step", "loss", "rewards/accuracies"}}.
     """
     drawn = {name: curve for name, curve in curves.items() if curve.get("step")}
     if not drawn:

@@ -176,11 +176,9 @@ class _Run(Recorder):
             write_jsonl(self.samples, [row for row in read_metrics(self.samples) if row["step"] <= done])
         return state, done
 
-    def extra(self, state: TrainState) -> dict[str, Any]:
+    def extra(self) -> dict[str, Any]:
         """What a checkpoint holds beside the state."""
-        done = int(state.step)
-        data = {"iteration": done, "prompts": done * self.spec.batch_size}
-        return {"kl_coef": self.kl_coef, "data": data, "seed": self.seed}
+        return {"kl_coef": self.kl_coef}
 
     # ---- iterations ----
 
@@ -198,9 +196,9 @@ class _Run(Recorder):
             if self.snapshot is not None and spec.keep_every and number % spec.keep_every == 0:
                 self.snapshot(number, state)
             if preemption.reached() and not last:
-                self.stop(state, self.extra(state))
+                self.stop(state, self.extra())
             if last or (spec.save_every > 0 and number % spec.save_every == 0):
-                self.save(state, self.extra(state), wait=last)
+                self.save(state, self.extra(), wait=last)
         return state
 
     def guarded(self, state: TrainState, work: Callable[[], Any]) -> Any:
@@ -208,7 +206,7 @@ class _Run(Recorder):
         try:
             return work()
         except LaifError:
-            self.save(state, self.extra(state), wait=True)
+            self.save(state, self.extra(), wait=True)
             raise
 
     def iteration(self, state: TrainState, number: int, *, timed: bool) -> tuple[TrainState, dict[str, Any]]:
@@ -219,7 +217,7 @@ class _Run(Recorder):
         key = iteration_key(self.seed, index)
         rolled = self.guarded(state, lambda: self.roller(state, asked, spec.sampling.samples, key))
         if preemption.reached():  # an iteration is long; its rollout will be drawn again, the same
-            self.stop(state, self.extra(state))
+            self.stop(state, self.extra())
         order = update_order(spec, self.layout, self.seed, index)
         started = time.perf_counter()
         with using(self.models.mesh):
@@ -320,7 +318,7 @@ class _Run(Recorder):
         picked: np.ndarray,
     ) -> None:
         """Saves the last good state and raises."""
-        saved = self.save_good(state, self.extra(state))
+        saved = self.save_good(state, self.extra())
         rows, where = culprits(metrics, order)
         prompts = sorted({int(picked[row // self.spec.sampling.samples]) for row in rows})
         raise NonFiniteError(

@@ -78,8 +78,8 @@ class Roller:
     """Rolls out and scores.
 
     Args:
-      decode: text of token ids. generator: the name that completions carry.
-      max_length: of prompt and response together. temperature: of sampling and of all log-probs.
+      eos_ids: tokens that end a response. decode: text of token ids. rewards: computed on the host, by name.
+      temperature: of sampling and of all log-probs. generator: the name that completions carry.
     """
 
     def __init__(
