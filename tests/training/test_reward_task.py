@@ -222,7 +222,7 @@ def test_each_member_trains_as_it_would_alone():
 def test_members_with_adapters_share_the_frozen_base():
     model = fresh(2, LORA)
     assert_members_train_alone(model, pairs(), optimizer=ADAM, clip_norm=5.0)
-    state, _, _ = update(model, pairs())
+    state, _, _ = update(model, pairs(), optimizer=ADAM, clip_norm=5.0)  # as above, so compiled already
     base = state.frozen["layers"]["mlp"]["up"]["kernel"]
     np.testing.assert_array_equal(base, small.params(small.config(LORA))["layers"]["mlp"]["up"]["kernel"])
     assert state.trainable["layers"]["attn"]["q"]["lora_b"].shape[0] == 2
