@@ -191,7 +191,7 @@ status() { # NAME
   local folder=$RUNS/$1 pid
   if pid=$(alive "$folder/pid"); then
     echo "state=running worker=$(hostname) pid=$pid"
-  elif [[ -f $folder/exit && -f $folder/stopped ]]; then
+  elif [[ -f $folder/stopped && $(cat "$folder/exit" 2>/dev/null || echo 0) != 0 ]]; then
     echo "state=stopped worker=$(hostname) exit=$(cat "$folder/exit")"
   elif [[ -f $folder/exit ]]; then
     echo "state=finished worker=$(hostname) exit=$(cat "$folder/exit")"

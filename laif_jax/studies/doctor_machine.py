@@ -48,7 +48,7 @@ def versions(here: Here) -> Found:
             Finding("fails", "versions", what, "make a new environment with python3.11 or python3.12")
         )
     installed = {name: version for name in (*STACK, *PLUGINS) if (version := _version(name))}
-    findings += _unmet(installed)
+    findings += _unmet(installed, _hardware(here))
     return {"python": platform.python_version(), **installed}, findings
 
 
@@ -59,7 +59,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _unmet(installed: dict[str, str]) -> Iterator[Finding]:
+def _unmet(installed: dict[str, str], hardware: dict[str, int]) -> Iterator[Finding]:
     """What packages ask of each other and do not get. Of JAX also what it asks of the plugins that are installed."""
     from packaging.requirements import Requirement
 
@@ -68,16 +68,18 @@ def _unmet(installed: dict[str, str]) -> Iterator[Finding]:
             extra = _extra(needs.marker)
             if extra is None or (extra and not (name == "jax" and needs.name in PLUGINS)):
                 continue
-            found, wants = (
-                _version(needs.name),
-                f"{name} {installed[name]} needs {needs.name}{needs.specifier}",
-            )
+            found = _version(needs.name)
+            wants = f"{name} {installed[name]} needs {needs.name}{needs.specifier}"
             mine = {"tpu": ".[tpu]", "cuda12": ".[cuda]", "cuda13": ".[cuda]"}.get(extra, ".")
             again = f'install again: pip install -e "{mine}"'
+            # A plugin without its chips here is not used (libtpu alone serves `laif compile`).
+            used = hardware[{"tpu": "TPU chips"}.get(extra, "NVIDIA GPUs")] if extra else 1
             if found is None and not extra:
                 yield Finding("fails", "versions", f"{wants}, which is not installed", again)
             elif found is not None and not needs.specifier.contains(found, prereleases=True):
-                yield Finding("fails", "versions", f"{wants}; {found} is installed", again)
+                yield Finding(
+                    "fails" if used else "note", "versions", f"{wants}; {found} is installed", again
+                )
 
 
 def _extra(marker: Any) -> str | None:

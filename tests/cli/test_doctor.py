@@ -81,12 +81,21 @@ def test_the_versions_of_this_installation_fit():
         ({"grain": None}, "which is not installed"),
     ],
 )
-def test_versions_that_do_not_fit_are_named(monkeypatch, fake, words):
+def test_versions_that_do_not_fit_are_named(monkeypatch, tmp_path, fake, words):
     true, asked = doctor_machine._version, metadata.requires
     monkeypatch.setattr(doctor_machine, "_version", lambda name: fake[name] if name in fake else true(name))
     monkeypatch.setattr(metadata, "requires", lambda name: asked("flax" if name in fake else name))
-    _, findings = doctor_machine.versions(Here())
+    chips(tmp_path, 4)
+    pci(tmp_path, "0x10de", "0x030200", 1)
+    _, findings = doctor_machine.versions(Here(root=tmp_path))
     assert any(words in item.what and item.level == "fails" and "pip install" in item.do for item in findings)
+
+
+def test_a_plugin_without_its_chips_is_no_failure(monkeypatch, tmp_path):
+    true, asked = doctor_machine._version, metadata.requires
+    monkeypatch.setattr(doctor_machine, "_version", lambda name: "0.0.1" if name == "libtpu" else true(name))
+    monkeypatch.setattr(metadata, "requires", lambda name: asked("flax" if name == "libtpu" else name))
+    said(doctor_machine.versions(Here(root=tmp_path)), "note", "0.0.1 is installed")
 
 
 def test_a_package_that_cannot_be_imported_is_named_and_the_others_still_tried(tmp_path, monkeypatch):
