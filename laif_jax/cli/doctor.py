@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments and options of the verb."""
     parser.add_argument("config", nargs="?", help="a YAML file that is to run here")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")

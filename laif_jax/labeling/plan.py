@@ -207,6 +207,7 @@ def show_plan(plan: Plan) -> str:
 
 
 def show_time(seconds: float) -> str:
+    """Seconds as hours:minutes:seconds, for people."""
     return str(datetime.timedelta(seconds=round(seconds)))
 
 
