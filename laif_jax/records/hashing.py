@@ -29,7 +29,12 @@ def json_writer(
     return lambda value: "".join(write(value, 0))
 
 
-canonical_json = json_writer(sort_keys=True, separators=(",", ":"), allow_nan=False)
+_canonical = json_writer(sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def canonical_json(value: Any) -> str:
+    """The one text of a JSON-able value: keys sorted, no spaces; raises as `fingerprint` does."""
+    return _canonical(value)
 
 
 def fingerprint(value: Any) -> str:
