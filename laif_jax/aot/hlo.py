@@ -75,15 +75,13 @@ def parse(text: str) -> Module:
     module = Module()
     current: dict[str, Instruction] | None = None
     for line in text.splitlines():
-        if current is None or not line.startswith((" ", "\t", "}")):
-            if header := _HEADER.match(line):
-                current = module.computations.setdefault(header[2], {})
-                module.entry = header[2] if header[1] else module.entry
-            continue
-        if line.startswith("}"):
+        if line.rstrip() == "}":
             current = None
-        elif instruction := _instruction(re.sub(r"/\*.*?\*/", "", line)):
-            current[instruction.name] = instruction
+        elif header := _HEADER.match(line):
+            current = module.computations.setdefault(header[2], {})
+            module.entry = header[2] if header[1] else module.entry
+        elif current is not None and (instruction := _instruction(re.sub(r"/\*.*?\*/", "", line))):
+            current[instruction.name] = instruction  # other lines go on with a kernel's attributes
     return module
 
 
@@ -144,14 +142,38 @@ def trips(module: Module, loop: Instruction) -> int | None:
     if known := re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', loop.text):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.\-]+)", loop.text)
-    body = module.computations.get(condition[1], {}) if condition else {}
-    for instruction in body.values():
+    lines = module.computations.get(condition[1], {}) if condition else {}
+    for instruction in lines.values():
         if instruction.op == "compare" and "direction=LT" in instruction.text:
-            for operand in instruction.operands:
-                value = body.get(operand)
-                if value and value.op == "constant" and (number := re.match(r"(\d+)\)", value.text)):
-                    return int(number[1])
+            limits = [
+                value for name in instruction.operands if (value := _constant(lines.get(name))) is not None
+            ]
+            counters = [
+                lines[name]
+                for name in instruction.operands
+                if name in lines and _constant(lines[name]) is None
+            ]
+            if limits and counters:
+                return -(-limits[0] // _step(module, loop, counters[0]))
     return None
+
+
+def _constant(instruction: Instruction | None) -> int | None:
+    found = re.match(r"(\d+)\)", instruction.text) if instruction and instruction.op == "constant" else None
+    return int(found[1]) if found else None
+
+
+def _step(module: Module, loop: Instruction, counter: Instruction) -> int:
+    """By how much the body raises its counter: 1, or more where the compiler has unrolled it."""
+    index, body = re.search(r"index=(\d+)", counter.text), re.search(r"body=%?([\w.\-]+)", loop.text)
+    lines = module.computations.get(body[1], {}) if body else {}
+    root = next((line for line in lines.values() if line.root), None)
+    if index is None or root is None or root.op != "tuple" or int(index[1]) >= len(root.operands):
+        return 1
+    raised = lines.get(root.operands[int(index[1])])
+    if raised is None or raised.op != "add":
+        return 1
+    return next((value for name in raised.operands if (value := _constant(lines.get(name)))), 1)
 
 
 # ---- between chips -----------------------------------------------------------------------------------------------
@@ -167,11 +189,12 @@ def collectives(module: Module, unknown: int = 1) -> list[Collective]:
             op = instruction.op.removesuffix("-start")
             if op not in COLLECTIVES or not counts.get(name):
                 continue
-            channel = re.search(r"channel_id=(\d+)", instruction.text)
-            if channel and channel[1] in seen:
-                continue
-            if channel:
-                seen.add(channel[1])
+            if channel := re.search(r"channel_id=(\d+)", instruction.text):
+                shape = _ARRAY.search(instruction.type)
+                same = f"{channel[1]} {op} {shape and shape[2]}"  # those of a `shard_map` all have channel 1
+                if same in seen:
+                    continue
+                seen.add(same)
             group = group_size(instruction.text)
             if group > 1 or op == "collective-permute":
                 found.append(Collective(op, _traffic(op, instruction, body, group), group, counts[name]))

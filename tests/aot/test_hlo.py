@@ -23,6 +23,17 @@ def test_recorded_collectives_with_the_trips_of_their_loop():
     assert found["all-reduce"].bytes == 2 * 3 / 4 * 4096
 
 
+def test_a_loop_that_was_unrolled_takes_fewer_trips():
+    text = RECORDED.replace(
+        "  ROOT %tuple.1 = (bf16[2,64]{1,0:T(8,128)(2,1)S(1)}, u32[]{:T(128)}) tuple(%start, %start)",
+        """  %counter = u32[]{:T(128)} get-tuple-element(%wide.param), index=1
+  %two = u32[]{:T(128)} constant(2)
+  %raised = u32[]{:T(128)} add(%counter, %two)
+  ROOT %tuple.1 = (bf16[2,64]{1,0:T(8,128)(2,1)S(1)}, u32[]{:T(128)}) tuple(%start, %raised)""",
+    )
+    assert {each.op: each.runs for each in hlo.collectives(hlo.parse(text))}["all-gather"] == 16
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [
