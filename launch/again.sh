@@ -35,15 +35,18 @@ if [[ -n ${CLUSTER_SPEC:-} ]]; then
 fi
 # The first process of a container passes no signal on by itself.
 trap 'asked=1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT
-while true; do
+while [[ -z $asked ]]; do
   "$@" &
   child=$!
+  if [[ -n $asked ]]; then kill -TERM "$child" 2>/dev/null || true; fi # the signal came before its number was known
   while true; do
     code=0
     wait "$child" || code=$?
     kill -0 "$child" 2>/dev/null || break # else a signal ended the waiting, not the command
   done
+  child=""
   if ((code != RESUME)) || [[ -n $asked ]]; then exit "$code"; fi
   echo "---- $(date -u +%FT%TZ): saved; starting again"
   sleep "${LAIF_AGAIN_SECONDS:-5}"
 done
+exit "$RESUME"
