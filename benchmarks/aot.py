@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -209,7 +210,12 @@ def _yardstick() -> list[str]:
         ("FLOPs that the model needs (6 N D and attention)", "", f"{stage['programs'][0]['model_flops']:.3e}"),
         ("bound on a step's time, and on MFU", "", f"{stage['step_seconds_bound']:.2f} s, {stage['mfu_bound']:.0%}"),
     ]  # fmt: skip
-    return ["| " + " | ".join(row) + " |" for row in rows]
+    beside = stage["peak_bytes"] - stage["argument_bytes"]
+    text = (
+        "`temp_size_in_bytes` is more than what is ever in memory beside the arguments: by `peak_memory_in_bytes` "
+        f"that is {beside / 1e9:.2f} GB here. MaxText's peak is not known."
+    )
+    return ["| " + " | ".join(row) + " |" for row in rows] + ["", *textwrap.wrap(text, 118)]
 
 
 _HEAD = """# Memory, work and cost of every stage, compiled before any chip is rented
