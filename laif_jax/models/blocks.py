@@ -56,6 +56,7 @@ def whole_rows(x: Array, *width: str | None) -> Array:
 
 
 def initializer(spec: ParamSpec) -> Callable[..., Array]:
+    """What a parameter of this specification starts from: `(key, shape, dtype) -> array`."""
     if spec.init == "normal":
         return nn.initializers.normal(spec.stddev)
     return nn.initializers.zeros if spec.init == "zeros" else nn.initializers.ones
@@ -191,9 +192,7 @@ class Mixture(_Table):
             name: {leaf: spec.logical_axes for leaf, spec in linear.items()}
             for name, linear in self.specs.items()
         }
-        routing, probs = moe.route(x, leaves.pop("router")["kernel"], self.cfg)
-        out = moe.mixture(x, routing, leaves, axes, self.cfg, _ACTIVATIONS[self.cfg.activation])
-        return out, None if real is None else moe.router_load(routing, probs, real)
+        return moe.mixture(x, real, leaves, axes, self.cfg, _ACTIVATIONS[self.cfg.activation])
 
 
 class Block(_Table):

@@ -76,37 +76,47 @@ def balance_loss(load: RouterLoad) -> Array:
 
 def mixture(
     x: Array,
-    routing: Routing,
+    real: Array | None,
     kernels: Kernels,
     axes: Mapping[str, Mapping[str, tuple[str | None, ...]]],
     cfg: ModelConfig,
     act: Activation,
-) -> Array:
+) -> tuple[Array, RouterLoad | None]:
     """sum over a token's experts of weight times down(act(gate(x)) * up(x)).
 
     Args:
-      x: [R, T, D]. kernels: of "gate", "up" and "down", in the dtype of `x`. axes: their logical axes.
+      x: [R, T, D]. real: [R, T], not 0 at the tokens that count for the load, or None.
+      kernels: of "router", "gate", "up" and "down", in the dtype of `x`. axes: their logical axes.
 
     Returns:
-      [R, T, D] in the dtype of `x`.
+      [R, T, D] in the dtype of `x`, and the load of the experts (None without `real`).
     """
     mesh = mesh_in_force(x)
     layout = None if mesh is None else _layout(x, kernels, axes, mesh)
     if mesh is None or layout is None:
-        return _experts(x, routing, kernels, cfg, act, jnp.int32(0))
+        routing, load = _route_and_load(x, real, kernels["router"]["kernel"], cfg)
+        return _experts(x, routing, kernels, cfg, act, jnp.int32(0)), load
 
-    def run(x: Array, routing: Routing, kernels: Kernels) -> Array:
-        return _on_device(x, routing, kernels, cfg, act, layout)
+    def run(x: Array, real: Array | None, kernels: Kernels) -> tuple[Array, RouterLoad | None]:
+        return _on_device(x, real, kernels, cfg, act, layout)
 
-    specs = (layout.stream, layout.stream, layout.kernels)
-    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=layout.stream)(x, routing, kernels)
+    specs, out = (layout.stream, P(*layout.stream[:2]), layout.kernels), (layout.stream, P())
+    return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out)(x, real, kernels)
+
+
+def _route_and_load(
+    x: Array, real: Array | None, kernel: Array, cfg: ModelConfig
+) -> tuple[Routing, RouterLoad | None]:
+    routing, probs = route(x, kernel, cfg)
+    return routing, None if real is None else router_load(routing, probs, real)
 
 
 class _Layout(NamedTuple):
-    """How arrays lie on the mesh. `gathered`: dimension of x -> axis over which a group shares its tokens; `summed`:
-    axes whose devices hold the same tokens, and parts of the weights."""
+    """How arrays lie on the mesh. `tokens`: the axes that split the tokens; `gathered`: dimension of x -> axis over
+    which a group shares its tokens; `summed`: axes whose devices hold the same tokens, and parts of the weights."""
 
     stream: P
+    tokens: tuple[str, ...]
     kernels: Any
     experts: bool  # the experts are split
     gathered: dict[int, str]
@@ -132,7 +142,8 @@ def _layout(x: Array, kernels: Kernels, axes: Any, mesh: Mesh | AbstractMesh) ->
     place = {"expert": 0, "tensor": 1}  # dimensions of x that these axes split
     gathered = {place[axis]: axis for axis in split if split[axis] and _names(stream[place[axis]], axis)}
     summed = tuple(axis for axis in split if split[axis] and axis not in gathered.values())
-    return _Layout(stream, specs, split["expert"], gathered, summed)
+    tokens = tuple(axis for axis in mesh.axis_names if any(_names(entry, axis) for entry in stream))
+    return _Layout(stream, tokens, specs, split["expert"], gathered, summed)
 
 
 def _names(entry: Any, axis: str) -> bool:
@@ -140,19 +151,22 @@ def _names(entry: Any, axis: str) -> bool:
 
 
 def _on_device(
-    x: Array, routing: Routing, kernels: Kernels, cfg: ModelConfig, act: Activation, layout: _Layout
-) -> Array:
+    x: Array, real: Array | None, kernels: Kernels, cfg: ModelConfig, act: Activation, layout: _Layout
+) -> tuple[Array, RouterLoad | None]:
     """One device's part, inside a `shard_map`."""
 
-    def whole(leaf: Array, spec: P) -> Array:
-        """The weights of this device's experts and columns, which `fsdp` has split further."""
+    def whole(path: Any, leaf: Array, spec: P) -> Array:
+        """The weights of this device's experts and columns, which `fsdp` has split further; all of the router's."""
+        kept = () if path[0].key == "router" else ("expert", "tensor")
         for dim, entry in enumerate(spec):
             names = entry if isinstance(entry, tuple) else (entry,)
-            if rest := tuple(axis for axis in names if axis not in (None, "expert", "tensor")):
+            if rest := tuple(axis for axis in names if axis not in (None, *kept)):
                 leaf = jax.lax.all_gather(leaf, rest, axis=dim, tiled=True)
         return leaf
 
-    kernels = jax.tree.map(whole, dict(kernels), layout.kernels)
+    kernels = jax.tree_util.tree_map_with_path(whole, dict(kernels), layout.kernels)
+    routing, load = _route_and_load(x, real, kernels["router"]["kernel"], cfg)  # of this device's tokens
+    load = jax.tree.map(lambda part: jax.lax.psum(part, layout.tokens) if layout.tokens else part, load)
     for dim, axis in layout.gathered.items():
         x, routing = jax.tree.map(
             lambda leaf, dim=dim, axis=axis: jax.lax.all_gather(leaf, axis, axis=dim, tiled=True),
@@ -164,7 +178,7 @@ def _on_device(
     y = _experts(x, routing, kernels, cfg, act, first)
     for dim, axis in layout.gathered.items():
         y = jax.lax.psum_scatter(y, axis, scatter_dimension=dim, tiled=True)
-    return jax.lax.psum(y, layout.summed) if layout.summed else y
+    return jax.lax.psum(y, layout.summed) if layout.summed else y, load
 
 
 def _experts(

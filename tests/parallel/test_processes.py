@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from laif_jax import parallel
 from laif_jax.parallel.distributed import _explicit_settings, _in_cluster
+from tests.parallel import stages
 from tests.parallel.worker import completions, preference_metrics
+from tests.training import small
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,14 +38,23 @@ def start(count: int, index: int, port: int, code: list[str]) -> subprocess.Pope
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compile_quickly():
+    """As the worker does: many small programs whose numbers are compared to a tolerance."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="module")
-def seen():
-    port = free_port()
-    processes = [start(2, index, port, ["-m", "tests.parallel.worker"]) for index in range(2)]
+def seen(tmp_path_factory):
+    port, out = free_port(), str(tmp_path_factory.mktemp("ppo"))
+    processes = [start(2, index, port, ["-m", "tests.parallel.worker", out]) for index in range(2)]
     results = []
     try:
         for process in processes:
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=600)
             assert process.returncode == 0, err[-3000:]
             line = next(line for line in out.splitlines() if line.startswith("RESULT "))
             results.append(json.loads(line.removeprefix("RESULT ")))
@@ -89,6 +101,22 @@ def test_samples_are_the_same_as_in_one_process(seen):
             assert here[0] == there[0]
             for logps, expected in zip(here[1:], there[1:], strict=True):
                 assert logps == pytest.approx(expected, abs=1e-5)
+
+
+def test_updates_of_a_mixture_and_of_a_reward_model_are_those_of_one_device(seen):
+    alone = {"mixtral_sft": stages.mixtral_sft(small.mesh()), "reward": stages.reward(small.mesh())}
+    assert alone["mixtral_sft"]["router_loss"] > 1
+    for result in seen:
+        for name, metrics in alone.items():
+            assert result["stages"][name] == pytest.approx(metrics, rel=1e-5, abs=1e-5)
+
+
+def test_ppo_draws_scores_and_learns_as_on_one_device(seen, tmp_path):
+    alone = stages.ppo(small.mesh(), tmp_path)
+    assert [row["step"] for row in alone] == [0, 1, 2]
+    for result in seen:
+        for here, there in zip(result["stages"]["ppo"], alone, strict=True):
+            assert here == pytest.approx(there, rel=1e-4, abs=2e-5)
 
 
 def test_json_goes_from_process_0_to_all(seen):

@@ -1,10 +1,11 @@
 """One of the processes of `test_processes.py`; prints what it saw as one line of JSON.
 
-python -m tests.parallel.worker        with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set
+python -m tests.parallel.worker OUT    with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID set
 """
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from laif_jax.models.specs import param_specs
 from laif_jax.rollout.generate import generate
 from laif_jax.rollout.score import score
 from laif_jax.training.tasks import preference_task
+from tests.parallel import stages
 from tests.training import small
 
 ROWS, WIDTH = 4, 3  # of this process, per micro-batch
@@ -97,6 +99,9 @@ def disk_full() -> None:
 
 
 def main() -> None:
+    jax.config.update(
+        "jax_disable_most_optimizations", True
+    )  # many small programs: they compile in half the time
     several = parallel.initialize(timeout=60)
     seen: dict[str, Any] = {
         "several": several,
@@ -107,6 +112,11 @@ def main() -> None:
         "explicit": sums("explicit"),
         "preference": preference_metrics(parallel.process_index(), parallel.process_count()),
         "completions": completions(parallel.process_count()),
+        "stages": {
+            "mixtral_sft": stages.mixtral_sft(small.mesh(fsdp=2, expert=2, tensor=2)),
+            "reward": stages.reward(small.mesh(data=2, fsdp=2, tensor=2)),
+            "ppo": stages.ppo(small.mesh(fsdp=4, tensor=2), Path(sys.argv[1])),
+        },
         "long": len(parallel.broadcast_json("x" * 100_000)),
         "failed": raised(lambda: parallel.from_main(disk_full)),
         "not_json": raised(lambda: parallel.broadcast_json({1, 2})),
