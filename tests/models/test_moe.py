@@ -103,9 +103,10 @@ def test_equals_every_expert_on_every_token_in_value_and_gradient(sizes, tokens,
         jax.jit(jax.value_and_grad(lambda *a, f=f: jnp.sum(weight * f(*a, cfg)), argnums=(0, 1, 2)))(*arrays)
         for f in (ours, loops)
     ]
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4 * (1 + np.abs(b).max())), *both
-    )
+    # By the largest number of all: where one expert takes all, the router's gradient is 0 up to what sums of such
+    # numbers round.
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(both[1]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5 * largest), *both)
 
 
 def shapes_in(jaxpr):
