@@ -149,7 +149,6 @@ def test_a_small_storm(kind: str, tmp_path, request) -> None:
         storm(place, tmp_path, judgements=300, kills=3, workers=1, latency=0.02)
 
 
-@pytest.mark.slow
 def test_twenty_kills_in_twenty_thousand_judgements(tmp_path) -> None:
     with contextlib.chdir(Path(__file__).parents[2]):
         storm(str(tmp_path / "store"), tmp_path, judgements=20_000, kills=20, workers=2, latency=0.01)
