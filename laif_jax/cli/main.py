@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from laif_jax.cli import doctor, label
 from laif_jax.labeling.access import add_access
@@ -18,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Read when JAX and transformers are imported, which the verbs do.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    _calm_libtpu()
     logging.basicConfig(
         level=logging.DEBUG if options.verbose else logging.INFO,
         format="%(asctime)s %(message)s",
@@ -38,6 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"laif: {error}", file=sys.stderr)
         return 2
+
+
+def _calm_libtpu(devices: Path = Path("/dev")) -> None:
+    """Where libtpu is installed and no TPU is (`laif compile` needs no more), JAX tries it and goes on with what there
+    is, but libtpu first prints errors about a slice that it cannot find: it is told of one."""
+    if not (any(devices.glob("accel[0-9]*")) or any(devices.glob("vfio/[0-9]*"))):
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 
 # ---- verbs -----------------------------------------------------------------------------------------------------

@@ -160,25 +160,51 @@ def test_this_machines_devices(tiny):
     assert status == 0
 
 
-@pytest.mark.skipif(
+needs_tpu_compiler = pytest.mark.skipif(
     not topologies.has_tpu_compiler(), reason="libtpu is not installed (pip install 'laif_jax[aot]')"
 )
-def test_a_step_is_compiled_for_a_tpu_slice(tiny, tmp_path):
-    folder = tmp_path / "executables"
-    command = [sys.executable, "-m", "laif_jax.cli", "compile", tiny, "--topology", "v5e-4", "--stage", "sft"]
+
+
+def compiled(config, *arguments):
+    """The stages that `laif compile CONFIG ARGUMENTS --json` tells of; a process of its own, for the compiler stays."""
     environ = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
-    done = subprocess.run(
-        [*command, "--json", "--save", str(folder)], env=environ, capture_output=True, text=True, timeout=900
-    )
+    command = [sys.executable, "-m", "laif_jax.cli", "compile", str(config), *arguments, "--json"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-2000:]
-    stage = json.loads(done.stdout)["stages"]["sft"]
-    assert stage["fits"]
-    assert not stage["estimate"]
-    assert stage["temp_bytes"] > 0
-    assert stage["flops"] > 0
-    assert stage["peak_bytes"] < stage["hbm_bytes"] == 2**34
+    stages = json.loads(done.stdout)["stages"]
+    for stage in stages.values():
+        assert stage.keys() >= FIELDS
+        assert not stage["estimate"]
+        assert stage["fits"]
+        assert 0 < stage["peak_bytes"] < stage["hbm_bytes"]
+        assert stage["temp_bytes"] > 0
+        assert stage["flops"] > 0
+        assert 0 < stage["mfu_bound"] < 1
+    return stages
+
+
+@needs_tpu_compiler
+def test_a_step_is_compiled_for_a_tpu_slice_and_kept(tiny, tmp_path):
+    folder = tmp_path / "executables"
+    stage = compiled(tiny, "--topology", "v5e-4", "--stage", "sft", "--save", str(folder))["sft"]
+    assert stage["hbm_bytes"] == 2**34
     assert any(stage["collectives"])
     assert len(list(folder.glob("*.executable"))) == 1
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize(
+    ("stage", "topology"), [("dpo", "v5p-8"), ("sample", "v6e-4"), ("reward", "v4-8"), ("sft", "2xv5e-4")]
+)
+def test_stages_are_compiled_for_every_kind_of_chip_and_for_two_slices(stage, topology, tiny):
+    assert set(compiled(tiny, "mesh.data=-1", "--topology", topology, "--stage", stage)) == {stage}
+
+
+@pytest.mark.slow
+@needs_tpu_compiler
+def test_every_stage_of_a_mistral_7b_is_compiled_for_64_chips():
+    stages = compiled(CONFIGS / "paper" / "mistral7b.yaml", "--topology", "v5e-64")
+    assert set(stages) == {"sft", "dpo", "sample"}
 
 
 def test_what_does_not_fit_is_told_with_the_compilers_numbers():
