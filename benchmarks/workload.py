@@ -34,11 +34,12 @@ class Shape:
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         return self.layers * (attention + 3 * self.hidden * self.mlp) + self.vocab * self.hidden
 
-    def forward_flops(self, length: int) -> float:
+    def forward_flops(self, length: int, *, words: bool = True) -> float:
         """Floating-point operations of one forward pass over a sequence: 2 per matrix parameter and token, and the
-        causal half of attention's two products."""
+        causal half of attention's two products. `words`: with the output over the vocabulary."""
         attention = 2.0 * length**2 * self.heads * self.head_dim * self.layers
-        return 2.0 * self.matrix_parameters * length + attention
+        used = self.matrix_parameters - (0 if words else self.vocab * self.hidden)
+        return 2.0 * used * length + attention
 
 
 SHAPES = {
@@ -108,19 +109,23 @@ def generation_work(lengths: str, count: int, prompt: int, new: int, shape: Shap
 
 def real_tokens(task: str, rows: Any) -> int:
     """Tokens of the work, padding apart; of generation those that are drawn."""
-    if task == "generate":
+    if task in ("generate", "ppo"):
         return sum(row["new"] for row in rows)
     if task == "sft":
         return sum(len(row["prompt"]) + len(row["completion"]) for row in rows)
     return sum(2 * len(row["prompt"]) + len(row["chosen"]) + len(row["rejected"]) for row in rows)
 
 
-def work_flops(task: str, rows: Any, shape: Shape) -> float:
+def work_flops(task: str, rows: Any, shape: Shape, epochs: int = 1) -> float:
     """Operations that the work asks for: forward and backward pass over each sequence (the policy's alone for pairs),
-    or for generation one forward pass over each finished sequence."""
-    if task == "generate":
-        return sum(shape.forward_flops(len(row["prompt"]) + row["new"]) for row in rows)
+    for generation one forward pass over each finished sequence, and for PPO that, the forward passes of reference,
+    value and reward model, and `epochs` forward and backward passes of policy and value model."""
+    if task in ("generate", "ppo"):
+        lengths = [len(row["prompt"]) + row["new"] for row in rows]
+        words = sum(map(shape.forward_flops, lengths))
+        scalars = sum(shape.forward_flops(length, words=False) for length in lengths)
+        return words if task == "generate" else 2 * words + 2 * scalars + 3 * epochs * (words + scalars)
     if task == "sft":
         return 3 * sum(shape.forward_flops(len(row["prompt"]) + len(row["completion"])) for row in rows)
     sides = [len(row["prompt"]) + len(row[side]) for row in rows for side in ("chosen", "rejected")]
-    return 3 * sum(shape.forward_flops(length) for length in sides)
+    return 3 * sum(shape.forward_flops(length, words=task == "dpo") for length in sides)

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-Block = Callable[[int], None]  # so many passes over the work (0: one step), all done when it returns
+# So many passes over the work (0: one step), all done when it returns; it may tell the seconds of its parts.
+Block = Callable[[int], dict[str, float] | None]
 
 
 def serve(build: Callable[[dict[str, Any]], Block], peak_bytes: Callable[[], int] | None = None) -> None:
@@ -38,8 +39,8 @@ def serve(build: Callable[[dict[str, Any]], Block], peak_bytes: Callable[[], int
         if passes == 0:
             break
         start, cpu = time.perf_counter(), time.process_time()
-        block(passes)
-        say(seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu)
+        parts = block(passes) or {}
+        say(seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu, **parts)
     say(peak_bytes=peak_bytes() if peak_bytes else _resident_peak())
     answers.flush()
     os._exit(0)  # a trainer that waits for its next block never returns

@@ -1,172 +1,130 @@
-"""One PPO iteration of TRL, for `python -m benchmarks.ppo --against trl`; run by an interpreter that has TRL 1.12.
+"""TRL's PPO as a contender; run by an interpreter that has TRL 1.12, the last release with PPO.
 
-TRL's own trainer runs as it is. Time is read where its functions begin: `batch_generation` draws, what follows until
-advantages are whitened scores, and the rest of the step trains. No token ends a response.
+TRL's own trainer runs as it is, and waits where an iteration begins. What its part up to the whitening of advantages
+takes is the rollout (drawing and scoring), the rest the update. No token ends a response.
 """
 
-import argparse
 import json
 import os
-import resource
-import statistics
 import tempfile
 import time
-from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-import numpy as np
 import torch
-import trl
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
-)
+from serve import Block, Inverted, serve
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+from trl_train import CUDA, config, tokenizer
 
 
 class Clock(TrainerCallback):
-    """Times of each iteration: begin, end of generation, end of scoring, end."""
+    """Seconds of the rollouts and updates since it was last asked."""
 
-    def __init__(self):
-        self.now = []
-        self.used = 0.0
-        self.rows = []
+    def __init__(self, gate: Any):
+        self.gate, self.parts = gate, {"rollout_seconds": 0.0, "update_seconds": 0.0}
+        self.begin = self.scored = 0.0
 
-    def watch(self):
-        """Puts a clock around the trainer's generation and the whitening of advantages, which ends the scoring."""
+    def watch(self) -> None:
+        """Waits before the trainer draws, and looks at the clock when it whitens advantages, which ends the scoring."""
         generation, whitening = ppo_trainer.batch_generation, ppo_trainer.masked_whiten
 
-        def generated(*args, **kwargs):
-            self.used = time.process_time()
-            self.now = [self.tick()]
-            out = generation(*args, **kwargs)
-            self.now.append(self.tick())
-            return out
+        def generated(*args: Any, **kwargs: Any) -> Any:
+            tick()
+            self.gate()
+            self.begin = tick()
+            return generation(*args, **kwargs)
 
-        def whitened(*args, **kwargs):
-            self.now.append(self.tick())
+        def whitened(*args: Any, **kwargs: Any) -> Any:
+            self.scored = tick()
             return whitening(*args, **kwargs)
 
         ppo_trainer.batch_generation, ppo_trainer.masked_whiten = generated, whitened
 
-    def on_step_end(self, args, state, control, **kwargs):
-        begin, drawn, scored, end = [*self.now, self.tick()]
-        self.rows.append(
-            {
-                "seconds": end - begin,
-                "generate_seconds": drawn - begin,
-                "score_seconds": scored - drawn,
-                "update_seconds": end - scored,
-                "cpu_seconds": time.process_time() - self.used,
-            }
-        )
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.parts["rollout_seconds"] += self.scored - self.begin
+        self.parts["update_seconds"] += tick() - self.scored
 
-    @staticmethod
-    def tick():
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def take(self) -> dict[str, float]:
+        taken, self.parts = self.parts, dict.fromkeys(self.parts, 0.0)
+        return taken
 
 
-def tokenizer(vocab):
-    """Words w0, w1, ...; the trainer reads its padding id."""
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w3"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token="w2", unk_token="w3"
-    )
+def tick() -> float:
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def build(options):
+def make_models(job: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     """(policy, reference, value, reward) of one shape, with random weights."""
-    config = LlamaConfig(
-        vocab_size=options.vocab,
-        hidden_size=options.hidden,
-        intermediate_size=options.hidden * 8 // 3,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.heads,
-        num_key_value_heads=max(1, options.heads // 3),
-        max_position_embeddings=options.prompt + options.new,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-        num_labels=1,
-    )
+    made = config(job["shape"], job["sequence"], num_labels=1)
+    made.eos_token_id = None
     torch.manual_seed(0)
-    policy, reference = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    policy, reference = LlamaForCausalLM(made), LlamaForCausalLM(made)
     reference.load_state_dict(policy.state_dict())
     for model in (policy, reference):
         model.generation_config.eos_token_id = None
-    value, reward = (LlamaForSequenceClassification(config) for _ in range(2))
+    value, reward = (LlamaForSequenceClassification(made) for _ in range(2))
     return policy, reference, value, reward
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("hidden", "layers", "heads", "vocab", "batch", "prompt", "new", "micro", "epochs", "repeat"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
-    options = parser.parse_args()
-    micro = options.micro or options.batch
-    iterations = options.repeat + 1
-    rng = np.random.default_rng(0)
-    rows = rng.integers(4, options.vocab, (options.batch * iterations, options.prompt)).tolist()
-    data = Dataset.from_dict({"input_ids": rows})
-    policy, reference, value, reward = build(options)
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as folder:
-        config = PPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=options.batch // micro,
-            num_mini_batches=1,
-            num_ppo_epochs=options.epochs,
-            total_episodes=options.batch * iterations,
-            local_rollout_forward_batch_size=options.batch,
-            response_length=options.new,
+def train(rows: Any, job: dict[str, Any], clock: Clock) -> None:
+    batch = job["batch"]
+    data = Dataset.from_dict({"input_ids": [row["prompt"] for row in rows]})
+    policy, reference, value, reward = make_models(job)
+    clock.watch()
+    PPOTrainer(
+        args=PPOConfig(
+            output_dir=tempfile.mkdtemp(),
+            per_device_train_batch_size=batch,  # it splits this into the minibatches, an update each
+            num_mini_batches=job["minibatches"],
+            num_ppo_epochs=job["epochs"],
+            total_episodes=batch * 10**6,
+            local_rollout_forward_batch_size=batch,
+            response_length=job["new"],
             temperature=0.7,
             learning_rate=1e-6,
             num_sample_generations=0,
-            gradient_checkpointing=False,
+            gradient_checkpointing=job["remat"] != "none",
             report_to=[],
-            logging_steps=1000,
+            logging_steps=10**6,
             save_strategy="no",
-            use_cpu=not torch.cuda.is_available(),
-            bf16=options.dtype == "bfloat16",
-        )
-        trainer = PPOTrainer(
-            args=config,
-            processing_class=tokenizer(options.vocab),
-            model=policy,
-            ref_model=reference,
-            reward_model=reward,
-            value_model=value,
-            train_dataset=data,
-            eval_dataset=data.select(range(options.batch)),
-            callbacks=[clock],
-        )
-        clock.watch()
-        trainer.train()
-        assert list(Path(folder).rglob("*.safetensors")) == []  # nothing was saved inside the measured time
-    median = {name: statistics.median(row[name] for row in clock.rows[1:]) for name in clock.rows[0]}
-    tokens = options.batch * options.new
-    result = {"version": trl.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
-    result |= {name: round(value, 4) for name, value in median.items()}
-    result |= {
-        "tokens_per_second": round(tokens / median["seconds"], 1),
-        "generated_per_second": round(tokens / median["generate_seconds"], 1),
-        "peak_host_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-    }
-    print(json.dumps(result))
+            use_cpu=not CUDA,
+            bf16=job["dtype"] == "bfloat16",
+        ),
+        processing_class=tokenizer(job["shape"]["vocab"]),
+        model=policy,
+        ref_model=reference,
+        reward_model=reward,
+        value_model=value,
+        train_dataset=data,
+        eval_dataset=data.select(range(batch)),
+        callbacks=[clock],
+    ).train()
+
+
+def build(job: dict[str, Any]) -> Block:
+    with open(job["work"]) as file:
+        rows = json.load(file)
+    steps = len(rows) // job["batch"]
+    clock = Clock(None)
+
+    def begin(gate: Any) -> None:
+        clock.gate = gate
+        train(rows, job, clock)
+
+    run = Inverted(begin)
+
+    def block(passes: int) -> dict[str, float]:
+        run(passes * steps or 1)
+        return clock.take()
+
+    return block
 
 
 if __name__ == "__main__":
-    main()
+    serve(build, torch.cuda.max_memory_allocated if CUDA else None)

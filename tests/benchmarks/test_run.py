@@ -11,7 +11,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks.run import bound_seconds, interval
+from benchmarks import run
+from benchmarks.figures import bound_seconds, interval
+from benchmarks.roofline import best_rates, describe_machine, measure_machine
 from benchmarks.workload import SHAPES, generation_work, real_tokens, training_work, work_flops
 from laif_jax.models.specs import param_specs
 
@@ -36,7 +38,8 @@ def test_full_rows_have_the_same_length(task):
     rows = training_work(task, "full", 6, 32, SMALL, None)
     sequences = 6 if task == "sft" else 12
     assert real_tokens(task, rows) == sequences * 32
-    assert work_flops(task, rows, SMALL) == pytest.approx(3 * sequences * SMALL.forward_flops(32))
+    one = SMALL.forward_flops(32, words=task != "reward")  # a reward model has no output over the vocabulary
+    assert work_flops(task, rows, SMALL) == pytest.approx(3 * sequences * one)
 
 
 def test_limits_of_generation_are_drawn_by_a_seed():
@@ -65,24 +68,50 @@ def test_decoding_is_bound_by_reading_the_weights_where_that_takes_longer():
     assert fast_memory == pytest.approx(work_flops("generate", rows, SMALL) / 1e9)
 
 
-def test_the_harness_runs(tmp_path):
-    command = (
-        f"{sys.executable} -m benchmarks.run --json --layers 1 --vocab 512 --sequence 32 --new 8 --batch 2"
+def test_an_iteration_of_ppo_is_bound_by_drawing_scoring_and_updates():
+    rows = generation_work("full", 4, 8, 16, SMALL)
+    options = Namespace(shape=SMALL, dtype="float32", batch=4, epochs=2)
+    machine = {"flops": 1e9, "bytes_per_second": 1e15}
+    rest = bound_seconds("ppo", rows, options, machine) - bound_seconds("generate", rows, options, machine)
+    words, scalars = (4 * SMALL.forward_flops(24, words=words) for words in (True, False))
+    assert words - scalars == pytest.approx(4 * 24 * 2 * SMALL.vocab * SMALL.hidden)
+    # The reference's, the value and the reward model's forward pass; then policy and value model, twice.
+    assert rest == pytest.approx((words + 2 * scalars + 3 * 2 * (words + scalars)) / 1e9)
+
+
+def test_the_harness_runs(tmp_path, monkeypatch, capsys):
+    sizes = (
+        "--layers 1 --vocab 512 --sequence 32 --new 8 --batch 2 --steps 1 --repeats 2 --epochs 2 --starts 1"
     )
-    command += " --steps 1 --repeats 2 --task sft,dpo,reward,generate"
-    done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
-    for task in ("sft", "dpo", "reward", "generate"):
+    tasks = ("dpo", "reward", "ppo", "generate", "compile")  # the last is a step of SFT
+    arguments = f"run --json --save one {sizes} --task {','.join(tasks)}"
+    monkeypatch.setattr(sys, "argv", arguments.split())
+    monkeypatch.setattr(run, "SAVED", tmp_path)
+    monkeypatch.setattr(run, "machine_apart", lambda dtype: {"flops": 1e11, "bytes_per_second": 1e10})
+    assert run.main() == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert json.loads((tmp_path / "one.json").read_text()) == result
+    for task in tasks:
         figures = result[task]["ours"]
         assert figures["seconds"] > 0
         assert figures["peak_bytes"] > 0
         assert figures["tokens_per_second"] > 0
+        assert len(figures["turns"]) == 2
         assert result[task]["peers"] == {}
+    assert result["ppo"]["ours"]["update_seconds"] > 0
+    assert result["compile"]["compile_seconds_warm"] is not None
+
+
+def test_the_machine_is_measured():
+    first, second = (measure_machine(side=64, copied=2**16) for _ in range(2))
+    best = best_rates(first, second)
+    for name in ("flops", "bytes_per_second"):
+        assert best[name] == max(first[name], second[name]) > 0
+    assert describe_machine()["cores"] >= 1
 
 
 def test_what_is_not_there_is_named():
     command = [sys.executable, "-m", "benchmarks.run", "--task", "sft,dop"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "unknown task `dop`; known: sft, dpo, reward, generate" in done.stderr
+    assert "unknown task `dop`; known: sft, dpo, reward, ppo, generate, compile" in done.stderr
