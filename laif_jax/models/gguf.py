@@ -5,12 +5,12 @@ Llama's query and key projections, which are permuted for interleaved rotary emb
 already include the 1 that the module adds.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import gguf
-import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
@@ -21,6 +21,7 @@ from laif_jax.models.arch import ModelConfig, UnsupportedModelError
 from laif_jax.models.config import from_hf
 from laif_jax.models.gguf_tokenizer import build_tokenizer
 from laif_jax.models.names import Slices, WeightsError
+from laif_jax.models.weights import place
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK = {
@@ -62,6 +63,10 @@ def unpermute(value: np.ndarray, heads: int) -> np.ndarray:
     """Rows of a projection [heads * H, ...] (or its bias) from interleaved pairs to halves."""
     split = value.reshape(heads, -1, 2, *value.shape[1:])  # [heads, H/2, 2, ...]
     return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(value.shape)
+
+
+def _span(bounds: tuple[int, ...], width: int) -> slice:
+    return slice(bounds[0] * width, bounds[1] * width)
 
 
 class GGUFFile:
@@ -239,17 +244,26 @@ class GGUFFile:
 
     # ---- tensors -----------------------------------------------------------------------------------------------
 
-    def _dequantized(self, name: str) -> np.ndarray:
-        """float32, in the order of PyTorch's shapes."""
+    def _dequantized(self, name: str, rows: slice = slice(None), columns: slice = slice(None)) -> np.ndarray:
+        """`tensor[rows, columns]` (of a vector: `tensor[rows]`) as float32, in the order of PyTorch's shapes. Only the
+        blocks that hold these are dequantised: blocks lie along the columns."""
         tensor = self._tensors[name]
+        shape = [int(n) for n in reversed(tensor.shape)]
+        if len(shape) == 1:
+            rows, columns, shape = slice(None), rows, [1, *shape]
+        block, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+        first, last, _ = columns.indices(shape[-1])
+        start, stop = first // block, -(-last // block)
+        data = tensor.data.view(np.uint8).reshape(shape[0], -1)[rows, start * size : stop * size]
         try:
-            value = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            value = gguf.quants.dequantize(np.ascontiguousarray(data), tensor.tensor_type)
         except NotImplementedError as error:
             raise WeightsError(
                 f"{self.path}: {name} has type {tensor.tensor_type.name}, which cannot be dequantised. "
                 "Use a file of another quantisation."
             ) from error
-        return np.asarray(value, np.float32).reshape([int(n) for n in reversed(tensor.shape)])
+        part = np.asarray(value, np.float32)[:, first - start * block : last - start * block]
+        return part if len(tensor.shape) > 1 else part[0]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """{Hugging Face name: shape} of the file's weights."""
@@ -258,38 +272,49 @@ class GGUFFile:
             for full, name in self._names.items()
         }
 
-    def tensor(self, name: str) -> np.ndarray:
-        """The weight of a Hugging Face name as that checkpoint holds it, dequantised to float32."""
-        value = self._dequantized(self._names[name])
-        if self.architecture == "llama" and ".q_proj." in name:
-            return unpermute(value, self._required("attention.head_count"))
-        if self.architecture == "llama" and ".k_proj." in name:
-            return unpermute(
-                value, self.own("attention.head_count_kv") or self._required("attention.head_count")
-            )
+    def _heads(self, name: str) -> int | None:
+        """Of a projection whose rows are permuted within each head; None: they are not."""
+        if self.architecture != "llama" or not (".q_proj." in name or ".k_proj." in name):
+            return None
+        heads = self._required("attention.head_count")
+        return (self.own("attention.head_count_kv") or heads) if ".k_proj." in name else heads
+
+    def read(self, name: str, factored: tuple[int, ...], index: Slices) -> np.ndarray:
+        """`weight.reshape(factored)[index]` of a Hugging Face name, as that checkpoint holds it, as float32.
+
+        Little more than this part is dequantised.
+        """
+        shape = [int(n) for n in reversed(self._tensors[self._names[name]].shape)]
+        bounds = [s.indices(n)[:2] for s, n in zip(index, factored, strict=True)]
+        # The first axes are the tensor's rows, the others its columns: cut each along its first one.
+        cut = next(i for i in range(1, len(factored) + 1) if math.prod(factored[:i]) == shape[0])
+        rows, rest = _span(bounds[0], shape[0] // factored[0]), list(factored)
+        columns, taken = slice(None), [0]
+        if len(shape) > 1:
+            columns, taken = _span(bounds[cut], shape[1] // factored[cut]), [0, cut]
+        for axis in taken:
+            rest[axis] = bounds[axis][1] - bounds[axis][0]
+        heads = self._heads(name)
+        value = self._dequantized(self._names[name], rows, columns)
+        if heads is not None:
+            value = unpermute(value, heads * rest[0] // factored[0])
         if self.architecture == "gemma3" and name.endswith("norm.weight"):
-            return value - 1.0
-        return value
+            value = value - 1.0
+        whole = tuple(slice(None) if axis in taken else slice(*b) for axis, b in enumerate(bounds))
+        return value.reshape(rest)[whole]
 
     def params(self, cfg: ModelConfig, *, dtype: Any = jnp.float32, shardings: Any = None) -> dict[str, Any]:
-        """The parameter tree; one leaf in host memory at a time.
+        """The parameter tree; of one leaf at a time, one device's part is in host memory.
 
         Raises:
           WeightsError: missing tensors, tensors that are no part of the model, or wrong shapes.
         """
         names.check(cfg, self.shapes(), str(self.path))
-
-        def reader(name: str, factored: tuple[int, ...], index: Slices) -> np.ndarray:
-            return self.tensor(name).reshape(factored)[index]
-
         flat_shardings = {} if shardings is None else names.flatten(shardings)
-        flat = {}
-        for path, plan in names.plans(cfg).items():
-            leaf = plan.read(reader, (slice(None),) * len(plan.shape), np.dtype(dtype))
-            if shardings is None:
-                flat[path] = jnp.asarray(leaf)
-            else:
-                flat[path] = jax.make_array_from_callback(plan.shape, flat_shardings[path], leaf.__getitem__)
+        flat = {
+            path: place(plan, self.read, np.dtype(dtype), flat_shardings.get(path))
+            for path, plan in names.plans(cfg).items()
+        }
         return names.unflatten(flat)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:

@@ -13,7 +13,7 @@ and in which order. The plan works on *slices*, so that a loader reads no more t
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -135,23 +135,42 @@ class LeafPlan:
 
     def read(self, reader: Reader, index: Slices, dtype: Any = None) -> np.ndarray:
         """Returns `leaf[index]` (index: one slice of step 1 per axis), reading only what it covers."""
-        bounds = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index, self.shape, strict=True))
+        return self.read_parts(reader, [index], dtype)[0]
+
+    def read_parts(
+        self,
+        reader: Reader,
+        indices: Sequence[Slices],
+        dtype: Any = None,
+        done: Callable[[], None] = lambda: None,
+    ) -> list[np.ndarray]:
+        """`leaf[index]` of each index, tensor by tensor: `done()` is called when nothing more is read of one."""
+        wanted = [[slice(*s.indices(n)[:2]) for s, n in zip(i, self.shape, strict=True)] for i in indices]
+        # Copies: never views of a mapped file.
         if not self.stacked:
-            block = self._block(reader, self.names[0], bounds)
-            return block.astype(dtype or block.dtype)  # a copy: never a view of a mapped file
-        lead, rest = bounds[: self.stacked], bounds[self.stacked :]
-        names = np.arange(len(self.names)).reshape(self.shape[: self.stacked])[lead]
-        out: np.ndarray | None = None
-        for place, number in np.ndenumerate(names):
-            block = self._block(reader, self.names[number], rest)
-            if out is None:
-                out = np.empty((*names.shape, *block.shape), dtype or block.dtype)
-            elif dtype is None and np.result_type(out, block) != out.dtype:  # layers of unlike dtypes
-                out = out.astype(np.result_type(out, block))
-            out[place] = block
-        if out is None:
+            blocks = [self._block(reader, self.names[0], tuple(bounds)) for bounds in wanted]
+            parts = [block.astype(dtype or block.dtype) for block in blocks]
+            done()
+            return parts
+        found: list[np.ndarray | None] = [None] * len(wanted)
+        for number, name in enumerate(self.names):
+            place = self.place(number)
+            for part, bounds in enumerate(wanted):
+                lead, rest = bounds[: self.stacked], bounds[self.stacked :]
+                if not all(s.start <= at < s.stop for s, at in zip(lead, place)):
+                    continue
+                block, out = self._block(reader, name, tuple(rest)), found[part]
+                if out is None:
+                    out = np.empty((*(s.stop - s.start for s in lead), *block.shape), dtype or block.dtype)
+                elif dtype is None and np.result_type(out, block) != out.dtype:  # layers of unlike dtypes
+                    out = out.astype(np.result_type(out, block))
+                out[tuple(at - s.start for s, at in zip(lead, place))] = block
+                found[part] = out
+            done()
+        parts = [out for out in found if out is not None]
+        if len(parts) < len(wanted):
             raise ValueError(f"{'/'.join(self.path)}: an empty range of layers was asked for")
-        return out
+        return parts
 
     def place(self, number: int) -> tuple[int, ...]:
         """Where tensor `number` of `names` lies in the leaf: (layer,), (layer, expert), or () for the whole leaf."""

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from laif_jax.models import names
 from laif_jax.models.arch import ModelConfig
 from laif_jax.models.names import LeafPlan, Path, Slices, WeightsError
-from laif_jax.models.safetensors import DTYPES, SafetensorsFile, write_file
+from laif_jax.models.safetensors import DTYPES, SafetensorsFile, is_local, write_file
 
 __all__ = ["Checkpoint", "WeightsError", "load_params", "place", "save_params", "write_folder"]
 
@@ -102,25 +102,37 @@ class Checkpoint:
 
 
 def place(
-    plan: LeafPlan, reader: names.Reader, dtype: Any, sharding: jax.sharding.Sharding | None
+    plan: LeafPlan,
+    reader: names.Reader,
+    dtype: Any,
+    sharding: jax.sharding.Sharding | None,
+    forget: Callable[[], None] | None = None,
 ) -> jax.Array:
     """One leaf as a (sharded) array; each process reads the slices that its own devices hold.
 
-    At most this leaf's local shards are in host memory at a time. Devices that hold the same slice share one read.
+    One slice at a time is in host memory, whatever the size of the leaf. Devices that hold the same slice share one
+    read.
+
+    Args:
+      forget: for files whose slices are cut from rows that `reader` keeps: frees those. Then all slices of this process
+        are made together, tensor by tensor, so that nothing is fetched twice and one tensor's rows are kept at most.
     """
-    whole = (slice(None),) * len(plan.shape)
     if sharding is None:
-        return jnp.asarray(plan.read(reader, whole, dtype))
-    seen: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-
-    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-        index = whole if index is None else index
-        key = tuple(s.indices(n)[:2] for s, n in zip(index, plan.shape, strict=True))
-        if key not in seen:
-            seen[key] = plan.read(reader, index, dtype)
-        return seen[key]
-
-    return jax.make_array_from_callback(plan.shape, sharding, shard)
+        return jnp.asarray(plan.read(reader, (slice(None),) * len(plan.shape), dtype))
+    holders: dict[tuple[tuple[int, ...], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(plan.shape).items():
+        key = tuple(s.indices(n)[:2] for s, n in zip(index or (), plan.shape, strict=True))
+        holders.setdefault(key, []).append(device)
+    slices = [tuple(slice(*bounds) for bounds in key) for key in holders]
+    if forget is None:
+        parts = (plan.read(reader, index, dtype) for index in slices)
+    else:
+        parts = iter(plan.read_parts(reader, slices, dtype, forget))
+    shards: list[jax.Array] = []
+    for devices, part in zip(holders.values(), parts, strict=True):
+        # Waited for: a copy that is still under way holds its memory, and the next slice would come on top.
+        shards += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(plan.shape, sharding, shards)
 
 
 def load_params(
@@ -140,10 +152,11 @@ def load_params(
     checkpoint = Checkpoint(source_dir)
     reader = checkpoint.reader(cfg)
     flat_shardings = {} if shardings is None else names.flatten(shardings)
+    forget = None if all(is_local(file.path) for file in checkpoint.files) else checkpoint.forget
     flat: dict[Path, jax.Array] = {}
     for path, plan in names.plans(cfg).items():
         sharding = None if shardings is None else flat_shardings[path]
-        flat[path] = place(plan, reader, np.dtype(dtype), sharding)
+        flat[path] = place(plan, reader, np.dtype(dtype), sharding, forget)
         checkpoint.forget()
     logger.info("read %.1f MB of weights from %s", checkpoint.bytes_read / 1e6, source_dir)
     return names.unflatten(flat)

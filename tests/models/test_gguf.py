@@ -15,6 +15,7 @@ from laif_jax.models.arch import UnsupportedModelError
 from laif_jax.models.gguf import GGUFFile, load_gguf
 from laif_jax.models.model import Model, load_model, save_model
 from laif_jax.models.names import WeightsError
+from laif_jax.models.specs import param_specs
 from tests.models import states, tiny_gguf
 from tests.models.tiny_gguf import CASES
 
@@ -211,6 +212,33 @@ def test_target_type_and_sharding(dtype, small):
         assert leaf.dtype == states.DTYPES[dtype]
         assert leaf.sharding == placed
         np.testing.assert_array_equal(leaf, names.flatten(params)[path])
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_1"])
+def test_a_sharded_import_dequantises_each_devices_part_alone(kind, small, tmp_path, monkeypatch):
+    """The same weights, whatever axes are cut and wherever the blocks of a row end, and never a leaf as a whole."""
+    path = rewrite(small, tmp_path / "q.gguf", quantise=gguf.GGMLQuantizationType[kind])
+    cfg, want, _ = load_gguf(path)
+    axes = {"vocab": "tensor", "embed": "fsdp", "heads": "tensor", "kv_heads": "tensor", "mlp": "tensor"}
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    shardings = jax.tree.map(
+        lambda spec: jax.sharding.NamedSharding(
+            mesh, jax.sharding.PartitionSpec(*[axes.get(axis) for axis in spec.logical_axes])
+        ),
+        param_specs(cfg),
+        is_leaf=lambda leaf: hasattr(leaf, "logical_axes"),
+    )
+    made = []
+    dequantize = gguf.quants.dequantize
+    monkeypatch.setattr(gguf.quants, "dequantize", lambda *a: made.append(value := dequantize(*a)) or value)
+    _, got, _ = load_gguf(path, shardings=shardings)
+    placed = names.flatten(shardings)
+    for place, leaf in names.flatten(got).items():
+        assert leaf.sharding == placed[place]
+        np.testing.assert_array_equal(leaf, names.flatten(want)[place], err_msg=str(place))
+    block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
+    widest = -(-cfg.hidden_size // 4 // block) * block
+    assert max(part.size for part in made) <= max(cfg.vocab_size, cfg.intermediate_size) // 2 * widest
 
 
 # ---- files that are not right ----------------------------------------------------------------------------------

@@ -135,9 +135,16 @@ def counted(self, name, factored, index):
     reads.append((name, block.size))
     return block
 safetensors.SafetensorsFile.read = counted
-totals = []
+totals, kept = [], []
 forget = weights.Checkpoint.forget
 weights.Checkpoint.forget = lambda self: (totals.append(self.bytes_read), forget(self))
+fetch = safetensors.SafetensorsFile._fetch
+def fetched(self, start, stop):
+    block = fetch(self, start, stop)
+    spans = sorted(self._rows)
+    kept.append(len({name for name, e in self.entries.items() if any(e.start <= a < e.stop for a, _ in spans)}))
+    return block
+safetensors.SafetensorsFile._fetch = fetched
 params = weights.load_params(folder, cfg, shardings=names.unflatten(shardings))
 flat = names.flatten(params)
 for path, leaf in flat.items():
@@ -149,6 +156,8 @@ for name, count in matrices:
     assert count * parts.get(name, 8) == sizes[name], (name, count, sizes[name])
 # Every byte once, though each slice of the embeddings is on two devices and norms are on all of them.
 assert totals[-1] == 4 * sum(sizes.values()), (totals[-1], 4 * sum(sizes.values()))
+# Rows of one tensor are kept at most: never those of all layers of a leaf.
+assert kept and max(kept) <= 1 if remote else not kept, kept
 weights.save_params(folder + "/out", params, cfg)
 print("sharded ok")
 """
