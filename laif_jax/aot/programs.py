@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import yaml
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from laif_jax.aot.flops import model_flops
-from laif_jax.config import DpoSpec, PpoSpec, RewardSpec, RunConfig, SamplingSpec, TrainSpec
+from laif_jax.config import DpoSpec, PairTrainSpec, PpoSpec, RewardSpec, RunConfig, SamplingSpec, TrainSpec
 from laif_jax.data.plan import make_layout
 from laif_jax.models.config import from_hf, scratch
 from laif_jax.models.decoder import unstack_layers
@@ -39,7 +39,7 @@ from laif_jax.training.ppo_plan import rollout_config, update_config
 from laif_jax.training.reward_task import reward_task
 from laif_jax.training.state import TrainState, opt_state_shardings, partition
 from laif_jax.training.step import make_train_step
-from laif_jax.training.tasks import preference_task, sft_task
+from laif_jax.training.tasks import preference_task, sft_task, shares_prompts
 
 AnyMesh = Any  # a Mesh, or an AbstractMesh for estimates: what is made of shapes takes either
 STAGES = ("sft", "reward", "dpo", "ppo", "sample")
@@ -148,6 +148,8 @@ def bytes_per_chip(tree: Any) -> float:
 def _train(
     task: Any, spec: TrainSpec, state: TrainState, optimizer: Any, mesh: AnyMesh, cfg: Any, *, pairs: bool
 ) -> list[Program]:
+    # An estimate, without devices, is of a TPU: there pairs lie apart.
+    shared = isinstance(spec, PairTrainSpec) and isinstance(mesh, Mesh) and shares_prompts(spec, mesh, cfg)
     layout = make_layout(
         batch_size=spec.batch_size,
         micro_batch=spec.micro_batch,
@@ -157,6 +159,7 @@ def _train(
         row_multiple=row_parts(mesh),
         process_count=1,
         of_pairs=pairs,
+        share_prompts=shared,
     )
     rows = (layout.micro_batches, layout.rows, layout.row_length)
     shapes: dict[str, Any] = dict.fromkeys(("tokens", "segment_ids", "positions"), (rows, jnp.int32))
@@ -165,6 +168,8 @@ def _train(
         table = (layout.micro_batches, layout.pairs)
         shapes |= dict.fromkeys(("chosen", "rejected", "pair_index"), (table, jnp.int32))
         shapes |= dict.fromkeys(("p_chosen", "weight", "ref_chosen", "ref_rejected"), (table, jnp.float32))
+        if shared:
+            shapes["prefix"] = (rows, jnp.int32)
         task = dataclasses.replace(task, max_segments=layout.max_segments)
         if getattr(task, "members", 1) > 1 and getattr(spec, "bootstrap", False):
             shapes["member_weight"] = ((*table, task.members), jnp.float32)

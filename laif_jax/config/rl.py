@@ -5,12 +5,12 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from laif_jax.config.base import Fraction, Positive, Spec
-from laif_jax.config.training import BestSpec, OptimizerSpec, SamplingSpec, SftSpec, TrainSpec
+from laif_jax.config.training import BestSpec, OptimizerSpec, PairTrainSpec, SamplingSpec, SftSpec
 
 # ---- reward models ---------------------------------------------------------------------------------------------
 
 
-class RewardSpec(TrainSpec):
+class RewardSpec(PairTrainSpec):
     """A reward model: a scalar head on a decoder, trained on pairs.
 
     Attributes:
@@ -65,7 +65,7 @@ class RewardSpec(TrainSpec):
         return self
 
     def unused(self) -> dict[str, tuple[str, str]]:
-        unused = {}
+        unused = super().unused()
         if self.loss == "rao_kupper":
             unused["ties"] = ("`loss: rao_kupper`, which has ties of its own", "`loss: bradley_terry`")
         else:

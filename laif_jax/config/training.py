@@ -214,12 +214,27 @@ class SftSpec(TrainSpec):
     reduction: Literal["token", "sequence"] = "token"
 
 
+class PairTrainSpec(TrainSpec):
+    """What the stages that train on pairs share.
+
+    Attributes:
+      share_prompts: with packing, the prompt of a pair is computed once for both answers; rows are then twice as long
+        and half as many. Same loss, another order of float sums. Not done on TPUs, whose attention kernel cannot
+        express who sees whom there.
+    """
+
+    share_prompts: bool = True
+
+    def unused(self) -> dict[str, tuple[str, str]]:
+        return {} if self.packing else {"share_prompts": ("`packing: false`", "`packing: true`")}
+
+
 PreferenceLoss = Literal[
     "sigmoid", "conservative", "robust", "ipo", "ipo_averaged", "hinge", "simpo", "length_normalised"
 ]
 
 
-class DpoSpec(TrainSpec):
+class DpoSpec(PairTrainSpec):
     """Preference optimisation without a reward model (DPO and its family).
 
     Attributes:
@@ -249,7 +264,10 @@ class DpoSpec(TrainSpec):
     def unused(self) -> dict[str, tuple[str, str]]:
         uses = {"label_smoothing": ("conservative", "robust"), "gamma": ("simpo",)}
         choice = f"`loss: {self.loss}`"
-        unused = {key: (choice, " and ".join(names)) for key, names in uses.items() if self.loss not in names}
+        unused = super().unused()
+        unused |= {
+            key: (choice, " and ".join(names)) for key, names in uses.items() if self.loss not in names
+        }
         if self.loss == "simpo":
             unused["reference_free"] = (choice, "the losses that have a reference")
         return unused

@@ -135,7 +135,11 @@ def _segment(
     batch: Batch, a: int, row: int, segment: int, tokenizer: PreTrainedTokenizerBase, bits: int | None
 ) -> Text:
     """One segment's text, coloured by loss weight, and what became of its ends."""
-    places = np.flatnonzero(batch["segment_ids"][a, row] == segment)
+    segments = batch["segment_ids"][a, row]
+    places = np.flatnonzero(segments == segment)
+    if "prefix" in batch:  # it continues the start of the segment before it
+        shared = int(batch["prefix"][a, row, places[0]])
+        places = np.concatenate([np.flatnonzero(segments == segment - 1)[:shared], places])
     tokens = batch["tokens"][a, row, places].tolist()
     weights = batch["loss_mask"][a, row, places].tolist()
     text = Text()

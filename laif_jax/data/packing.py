@@ -77,11 +77,12 @@ def _to_rows(rows: Sequence[_Row]) -> Rows:
 
 
 class Pairs(NamedTuple):
-    """Where pairs lie: both sides in the same group of two rows, so that a pair stays on one host and in one
+    """Where pairs lie: both sides in the same group of one or two rows, so that a pair stays on one host and in one
     micro-batch.
 
     Attributes:
-      rows: the sides' places; example 2i is pair i's chosen side, 2i + 1 its rejected side. Row r is in group r // 2.
+      rows: the sides' places; example 2i is pair i's chosen side, 2i + 1 its rejected side. Row r is in group r // 2,
+        or, where a group is one row, in group r.
       pair: int64 [n], pairs in the order of their groups. group: int64 [n]. slot: int64 [n], 0, 1, ... in the group.
     """
 
@@ -98,42 +99,51 @@ def two_rows_per_pair(order: np.ndarray) -> Pairs:
 
 
 class _Group:
-    """Two rows being filled."""
+    """Two rows being filled, or one, in which a pair's sides lie side by side."""
 
     __slots__ = ("pairs", "rows")
 
-    def __init__(self, row_length: int):
-        self.rows = (_Row(row_length), _Row(row_length))
+    def __init__(self, row_length: int, rows: int):
+        self.rows = tuple(_Row(row_length) for _ in range(rows))
         self.pairs: list[int] = []
 
     def take(self, pair: int, chosen: int, rejected: int, row_length: int, max_segments: int) -> bool:
         """Places both sides, of `chosen` and `rejected` tokens, or neither."""
-        for first, second in (self.rows, self.rows[::-1]):
-            if first.fits(chosen, max_segments) and second.fits(rejected, max_segments):
-                break
+        if len(self.rows) == 1:
+            first = second = self.rows[0]
+            if not first.fits(chosen + rejected, max_segments - 1):
+                return False
         else:
-            return False
+            for first, second in (self.rows, self.rows[::-1]):
+                if first.fits(chosen, max_segments) and second.fits(rejected, max_segments):
+                    break
+            else:
+                return False
         first.put(2 * pair, chosen, row_length)
         second.put(2 * pair + 1, rejected, row_length)
         self.pairs.append(pair)
         return True
 
 
-def pack_pairs(order: np.ndarray, lengths: np.ndarray, row_length: int, max_segments: int) -> Pairs:
-    """Puts pairs, taken in `order`, each into the first open group of two rows where one side fits in either row.
+def pack_pairs(
+    order: np.ndarray, lengths: np.ndarray, row_length: int, max_segments: int, group_rows: int = 2
+) -> Pairs:
+    """Puts pairs, taken in `order`, each into the first open group of rows that has room for it.
 
     Args:
       order: int [n], pairs. lengths: int [2 x pairs], tokens of chosen and rejected sides, interleaved, all <=
         `row_length`. max_segments: sides per row at most.
+      group_rows: 2: one side goes to either row of a group. 1: the rejected side follows the chosen one in one row;
+        both together are <= `row_length`.
     """
     done: list[_Group] = []
     groups: list[_Group] = []
     sizes = lengths.reshape(-1, 2)[order].tolist()
     for pair, (chosen, rejected) in zip(order.tolist(), sizes):
         if not any(group.take(pair, chosen, rejected, row_length, max_segments) for group in groups):
-            if len(groups) == _OPEN_ROWS // 2:
+            if len(groups) == _OPEN_ROWS // group_rows:
                 done.append(groups.pop(0))
-            groups.append(_Group(row_length))
+            groups.append(_Group(row_length, group_rows))
             groups[-1].take(pair, chosen, rejected, row_length, max_segments)
     done += groups
     table = [

@@ -28,7 +28,7 @@ from laif_jax.data.plan import (
     rows_of_step,
     usable,
 )
-from laif_jax.data.table import TokenTable
+from laif_jax.data.table import TokenTable, shared_starts
 from laif_jax.records import fingerprint
 
 Batch = dict[str, np.ndarray]
@@ -92,7 +92,7 @@ class Batches:
 
     def _padding(self) -> float:
         places = self.steps_per_epoch * self.layout.micro_batches * self.layout.rows * self.layout.row_length
-        return 1.0 - self._steps.report.tokens / places
+        return 1.0 - int(self._steps.table.lengths.sum()) / places
 
 
 # ---- dialogues -------------------------------------------------------------------------------------------------
@@ -223,6 +223,7 @@ def preference_batches(
     ref_rejected: np.ndarray | None = None,
     columns: Mapping[str, np.ndarray] | None = None,
     max_segments: int | None = None,
+    share_prompts: bool = False,
     row_multiple: int = 1,
     process_index: int = 0,
     process_count: int = 1,
@@ -236,6 +237,11 @@ def preference_batches(
     has `micro_batch` pairs in twice as many rows (S = 1, N = `micro_batch`). With packing, `batch_size` and
     `micro_batch` count rows (an even number), and a batch holds as many pairs as fit. Hosts get slices of rows and of
     pair slots alike.
+
+    With `share_prompts` (and packing) the two rows become one of 2 T, and what both sides begin with is computed once:
+    the chosen segment is prompt and answer, the rejected one the prompt's last token and the other answer, with the
+    positions that they have in their dialogue. The array `prefix` int32 [A, R, 2 T] says how many tokens of the
+    segment before it a token's segment continues, that is sees as well; 0: none, as of pairs without a common start.
 
     Args:
       ref_chosen, ref_rejected: float [len(pairs)], the reference's summed log-probs; None: zeros.
@@ -255,8 +261,11 @@ def preference_batches(
         row_multiple=row_multiple,
         process_count=process_count,
         of_pairs=True,
+        share_prompts=share_prompts,
     )
-    table = TokenTable([side for i in keep for side in (pairs[i].chosen, pairs[i].rejected)])
+    used = [sides[i] for i in keep]
+    starts = shared_starts(used) if share_prompts else None
+    table = TokenTable([side for pair in used for side in pair], starts)
     _check_lengths(table, layout, keep, sides=2)
     extra = {name: _column(name, values, len(pairs), keep) for name, values in (columns or {}).items()}
     table_columns = extra | {
@@ -270,7 +279,8 @@ def preference_batches(
     def plan(epoch: int) -> _PairPlan:
         order = epoch_order(len(keep), seed, epoch, shuffle)
         if packing:
-            placed = pack_pairs(order, table.lengths, layout.row_length, layout.max_segments)
+            size = (layout.row_length, layout.max_segments)
+            placed = pack_pairs(order, table.lengths, *size, layout.group_rows)
         else:
             placed = two_rows_per_pair(order)
         return _PairPlan.of(placed, layout)
@@ -312,7 +322,7 @@ class _PairPlan:
         rows = placed.rows
         flat = np.empty(len(rows.example), np.int64)
         flat[rows.example] = rows.row % layout.used_rows * layout.max_segments + rows.segment - 1
-        groups = layout.micro_batches * layout.used_rows // 2
+        groups = layout.micro_batches * layout.groups
         return cls(placed, flat, math.ceil((int(placed.group[-1]) + 1) / groups))
 
 
@@ -337,12 +347,12 @@ class _PairSteps:
         plan, within = self.schedule.locate(index)
         layout, placed = self.layout, plan.placed
         batch = _assemble(self, rows_of_host(rows_of_step(placed.rows, within, layout), layout, self.host))
-        per_micro = layout.used_rows // 2
+        per_micro = layout.groups
         first = within * layout.micro_batches * per_micro
         start, stop = np.searchsorted(placed.group, [first, first + layout.micro_batches * per_micro])
         pair = placed.pair[start:stop]
         micro, group = np.divmod(placed.group[start:stop] - first, per_micro)
-        slot = group * layout.max_segments + placed.slot[start:stop]
+        slot = group * layout.group_slots + placed.slot[start:stop]
         columns = {name: values[pair] for name, values in self.columns.items()}
         columns["chosen"] = plan.flat[2 * pair].astype(np.int32)
         columns["rejected"] = plan.flat[2 * pair + 1].astype(np.int32)
@@ -365,11 +375,13 @@ def _assemble(steps: _SftSteps | _PairSteps, rows: Rows) -> Batch:
 
 
 def _check_lengths(table: TokenTable, layout: Layout, keep: Sequence[int], sides: int = 1) -> None:
-    worst = int(np.argmax(table.lengths))
-    if table.lengths[worst] > layout.row_length:
+    lengths = table.lengths if table.starts is None else table.lengths + table.starts
+    room = layout.row_length * layout.group_rows // 2 if layout.pairs else layout.row_length
+    worst = int(np.argmax(lengths))
+    if lengths[worst] > room:
         raise ValueError(
-            f"example {keep[worst // sides]} has {table.lengths[worst]} tokens, more than the row length "
-            f"{layout.row_length}; encode with the same `max_length`"
+            f"example {keep[worst // sides]} has {lengths[worst]} tokens, more than the row length "
+            f"{room}; encode with the same `max_length`"
         )
 
 

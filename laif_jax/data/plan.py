@@ -22,6 +22,7 @@ class Layout(NamedTuple):
     Attributes:
       micro_batches: A. rows: R, rows of a micro-batch, padding rows included. used_rows: those that hold examples.
       row_length: T. max_segments: S. pairs: N = R / 2 x S, pair slots of a micro-batch (0 for dialogues).
+      group_rows: rows that a pair lies in: 2, or 1 where its sides share their prompt.
     """
 
     micro_batches: int
@@ -30,6 +31,17 @@ class Layout(NamedTuple):
     row_length: int
     max_segments: int
     pairs: int
+    group_rows: int = 2
+
+    @property
+    def groups(self) -> int:
+        """Groups of rows that hold the pairs of a micro-batch."""
+        return self.used_rows // self.group_rows
+
+    @property
+    def group_slots(self) -> int:
+        """Pairs that a group has room for."""
+        return self.max_segments * self.group_rows // 2
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,8 @@ class Report:
       used: examples in each epoch. no_target: dropped, because no token (of a side) is supervised. special_text:
         dropped, because a message holds the text of a special token, which would end a turn that has not ended.
       prompt_truncated, response_truncated: of those used. unended: used, but an answer has no end of turn.
-      tokens, supervised_tokens: per epoch. pad_fraction: of the first epoch's rows.
+      tokens, supervised_tokens: per epoch, a shared prompt counted with both answers. pad_fraction: of the first
+        epoch's rows.
     """
 
     given: int
@@ -109,8 +122,11 @@ def make_layout(
     row_multiple: int,
     process_count: int,
     of_pairs: bool,
+    share_prompts: bool = False,
 ) -> Layout:
     """Sizes from settings alone, so that all runs with the same settings share compiled steps.
+
+    With `share_prompts` (packed pairs) the two rows of a group become one of twice the length, in which any pair fits.
 
     Raises:
       ValueError: the sizes contradict each other.
@@ -129,7 +145,14 @@ def make_layout(
         )
     used = micro if packing else 2 * micro
     groups = round_up(used // 2, math.lcm(row_multiple, process_count))
-    return Layout(batch_size // micro, 2 * groups, used, length, segments, groups * segments)
+    if not share_prompts:
+        return Layout(batch_size // micro, 2 * groups, used, length, segments, groups * segments)
+    if not packing:
+        raise ValueError("`share_prompts` needs `packing`: a pair that shares its prompt lies in one row")
+    segments = 2 * max_segments if max_segments else min(length // 4, MAX_SEGMENTS)
+    return Layout(
+        batch_size // micro, groups, used // 2, 2 * length, segments, groups * segments // 2, group_rows=1
+    )
 
 
 def round_up(value: int, multiple: int) -> int:

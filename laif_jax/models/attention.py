@@ -1,8 +1,9 @@
 """Causal attention within segments: one entry point, several equal implementations.
 
 Who sees whom: query t sees key s iff s <= t, both are of the same nonzero segment and, with a sliding window w,
-t - s < w. Positions within a segment are contiguous, so array indices serve as distances. Grouped queries (GQA) are
-contracted with their shared key/value head directly; repeated keys are never made.
+t - s < w. Positions within a segment are contiguous, so array indices serve as distances. A segment may continue the
+start of the one before it (two answers to one prompt): it then sees that start too, and distances are those of
+positions. Grouped queries (GQA) are contracted with their shared key/value head directly; repeated keys are never made.
 What padding queries get is finite and otherwise unspecified.
 """
 
@@ -26,34 +27,72 @@ _FUSED: Literal["cudnn", "xla"] = "cudnn"
 _HIDDEN = -1e30  # finite, so that a query that sees nothing gives no NaN
 
 
+class Continued(NamedTuple):
+    """For rows in which segments continue the start of the segment before them, int32 [R, T].
+
+    `positions`: of each token in its dialogue. `prefix`: how many tokens of the segment before it a token's segment
+    continues; 0: none.
+    """
+
+    positions: Array
+    prefix: Array
+
+
 class Visibility(NamedTuple):
-    """What the layers of one forward pass share: segments int32 [R, T] and, for short rows, the mask bool [R, T, T]."""
+    """What the layers of one forward pass share: segments int32 [R, T], for short rows the mask bool [R, T, T], and
+    what continued segments need."""
 
     segment_ids: Array
     mask: Array | None
+    continued: Continued | None = None
 
 
 def visibility(
-    segment_ids: Array, window: int = 0, *, fused: bool = False, kernel: bool = False
+    segment_ids: Array,
+    window: int = 0,
+    *,
+    fused: bool = False,
+    kernel: bool = False,
+    continued: Continued | None = None,
 ) -> Visibility:
     """Built once per forward pass, outside the loop over layers.
 
     `window`: the one that all layers share, or 0. `fused`: what `fused_applies` says; it needs the mask at any length.
-    `kernel`: what `kernel_applies` says; it needs none.
+    `kernel`: what `kernel_applies` says; it needs none, and cannot express continued segments.
     """
     length = segment_ids.shape[1]
-    if kernel or (length > BLOCKWISE_ABOVE and not fused):
+    if kernel and continued is None:
         return Visibility(segment_ids, None)
-    mask = _visible(segment_ids, segment_ids, jnp.arange(length), jnp.arange(length), window)
-    return Visibility(segment_ids, mask)
+    if length > BLOCKWISE_ABOVE and not fused:
+        return Visibility(segment_ids, None, continued)
+    all_places = _Places(segment_ids, jnp.arange(length), continued)
+    return Visibility(segment_ids, _visible(all_places, all_places, window), continued)
 
 
-def _visible(q_segments: Array, k_segments: Array, q_index: Array, k_index: Array, window: Window) -> Array:
-    """bool [R, Tq, Tk] from segments [R, T*] and row indices [T*]."""
-    distance = q_index[:, None] - k_index[None, :]
-    causal = _in_window(distance, window)
-    same = (q_segments[:, :, None] == k_segments[:, None, :]) & (k_segments[:, None, :] != 0)
-    return same & causal[None]
+class _Places(NamedTuple):
+    """Some columns of the rows: segments [R, t], indices in the row [t], and what continued segments need."""
+
+    segments: Array
+    index: Array
+    continued: Continued | None
+
+
+def _visible(q: _Places, k: _Places, window: Window) -> Array:
+    """bool [R, Tq, Tk]."""
+    ours, theirs = q.segments[:, :, None], k.segments[:, None, :]
+    same = ours == theirs
+    distance = (q.index[:, None] - k.index[None, :])[None]
+    earlier = distance >= 0
+    if q.continued is not None and k.continued is not None:
+        start = k.continued.positions[:, None, :] < q.continued.prefix[:, :, None]
+        same |= (ours == theirs + 1) & start
+        distance = _distance(q.continued, k.continued)
+    return same & (theirs != 0) & earlier & _in_window(distance, window)
+
+
+def _distance(q: Continued, k: Continued) -> Array:
+    """How far apart tokens are in their dialogue, int32 [R, Tq, Tk]."""
+    return q.positions[:, :, None] - k.positions[:, None, :]
 
 
 def _in_window(distance: Array, window: Window) -> Array:
@@ -79,16 +118,21 @@ def attention(
     Returns:
       [R, T, N, H] in q's dtype; the softmax is computed in float32.
     """
-    if vis.mask is None and kernel_applies(q.shape[1], q.shape[3], 0 if window is None else window):
+    kernel = vis.continued is None and kernel_applies(q.shape[1], q.shape[3], 0 if window is None else window)
+    if vis.mask is None and kernel:
         return splash_attention(
             q, k, v, vis.segment_ids, window=cast(Any, window), softcap=softcap, scale=scale
         )
     if vis.mask is None:
-        return blockwise_attention(q, k, v, vis.segment_ids, window=window, softcap=softcap, scale=scale)
+        options: dict[str, Any] = {"window": window, "softcap": softcap, "scale": scale}
+        return blockwise_attention(q, k, v, vis.segment_ids, vis.continued, **options)
     mask = vis.mask
     if window is not None and not isinstance(window, int):
         index = jnp.arange(q.shape[1])
-        mask = mask & _in_window(index[:, None] - index[None, :], window)[None]
+        distance = (index[:, None] - index[None, :])[None]
+        if vis.continued is not None:
+            distance = _distance(vis.continued, vis.continued)
+        mask = mask & _in_window(distance, window)
     if fused_applies(q.shape[1], q.shape[3], softcap, q.dtype):
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation=_FUSED)
     return naive_attention(q, k, v, mask, softcap=softcap, scale=scale)
@@ -122,6 +166,7 @@ def blockwise_attention(
     k: Array,
     v: Array,
     segment_ids: Array,
+    continued: Continued | None = None,
     *,
     window: Window,
     softcap: float | None,
@@ -144,10 +189,14 @@ def blockwise_attention(
         return jnp.moveaxis(padded.reshape(rows, count, block, *x.shape[2:]), 1, 0)
 
     keys, values, segments = split(k), split(v), split(segment_ids)
+    parts = jax.tree.map(split, continued)
     queries = split(q.reshape(rows, length, kv_heads, heads // kv_heads, head_dim))
     offsets = jnp.arange(block)
 
-    def one_query_block(i: Array, q_block: Array, q_segments: Array) -> Array:
+    def places(i: Array) -> _Places:
+        return _Places(segments[i], i * block + offsets, jax.tree.map(lambda x: x[i], parts))
+
+    def one_query_block(i: Array, q_block: Array) -> Array:
         """[R, block, K, G, H]"""
 
         def step(carry: tuple[Array, Array, Array], j: Array) -> tuple[tuple[Array, Array, Array], None]:
@@ -155,7 +204,7 @@ def blockwise_attention(
                 return _online_softmax_step(
                     carry,
                     _scores(q_block, keys[j], softcap, scale),
-                    _visible(q_segments, segments[j], i * block + offsets, j * block + offsets, window),
+                    _visible(places(i), places(j), window),
                     values[j],
                 )
 
@@ -163,7 +212,7 @@ def blockwise_attention(
                 j * block + block - 1
             )  # distance of the closest pair of tokens in two blocks
             needed = j <= i
-            if window is not None:
+            if window is not None and continued is None:
                 needed &= (nearest < window) | (jnp.asarray(window) == 0)
             return jax.lax.cond(needed, seen, lambda carry: carry, carry), None
 
@@ -178,7 +227,7 @@ def blockwise_attention(
         return jnp.einsum("rkgth->rtkgh", out).astype(q.dtype)
 
     run = jax.checkpoint(one_query_block)
-    blocks = jax.lax.map(lambda x: run(*x), (jnp.arange(count), queries, segments))
+    blocks = jax.lax.map(lambda x: run(*x), (jnp.arange(count), queries))
     return jnp.moveaxis(blocks, 0, 1).reshape(rows, count * block, heads, head_dim)[:, :length]
 
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from laif_jax.models import moe
 from laif_jax.models.arch import ModelConfig
-from laif_jax.models.attention import Visibility, fused_applies, kernel_applies, visibility
+from laif_jax.models.attention import Continued, Visibility, fused_applies, kernel_applies, visibility
 from laif_jax.models.blocks import KV, Block, Layers, Norm, Remat, Shared, initializer, stream
 from laif_jax.models.embedding import look_up
 from laif_jax.models.rope import rope_tables
@@ -68,10 +68,13 @@ def _final_norm(params: Params, cfg: ModelConfig, x: Array, dtype: Any) -> Array
     return norm.apply({"params": params["final_norm"]}, x)  # ty: ignore[invalid-explicit-return]
 
 
-def _who_sees_whom(cfg: ModelConfig, segment_ids: Array, dtype: Any) -> Visibility:
+def _who_sees_whom(
+    cfg: ModelConfig, segment_ids: Array, dtype: Any, continued: Continued | None = None
+) -> Visibility:
     fused = fused_applies(segment_ids.shape[1], cfg.head_dim, cfg.attn_softcap, dtype)
     kernel = kernel_applies(segment_ids.shape[1], cfg.head_dim, cfg.uniform_window)
-    return visibility(segment_ids, cfg.uniform_window or 0, fused=fused, kernel=kernel)
+    window = cfg.uniform_window or 0
+    return visibility(segment_ids, window, fused=fused, kernel=kernel, continued=continued)
 
 
 def hidden_states(
@@ -105,17 +108,23 @@ def hidden_and_load(
     positions: Array,
     segment_ids: Array,
     *,
+    prefix: Array | None = None,
     dtype: Any = jnp.float32,
     remat: Remat = "none",
 ) -> tuple[Array, moe.RouterLoad | None]:
     """`hidden_states`, and the load of the experts over all layers and real tokens (None without experts), which
-    `moe.balance_loss` reads."""
+    `moe.balance_loss` reads.
+
+    `prefix`: int32 [R, T], how many tokens of the segment before it a token's segment continues (0: none), see
+    `preference_batches`; positions go on there. None: no segment continues another.
+    """
 
     def run(
-        params: Params, tokens: Array, positions: Array, segment_ids: Array
+        params: Params, tokens: Array, positions: Array, segment_ids: Array, prefix: Array | None
     ) -> tuple[Array, moe.RouterLoad | None]:
         cosines, sines = rope_tables(cfg, positions, segment_ids)
-        shared = Shared(cosines, sines, _who_sees_whom(cfg, segment_ids, dtype), None)
+        continued = None if prefix is None else Continued(positions, prefix)
+        shared = Shared(cosines, sines, _who_sees_whom(cfg, segment_ids, dtype, continued), None)
         x = _embed(params, cfg, tokens, dtype)
         layers = Layers(cfg, dtype, remat)
         out: Any = layers.apply({"params": {"layers": params["layers"]}}, x, shared)
@@ -126,7 +135,7 @@ def hidden_and_load(
         load = moe.RouterLoad(*cast(Any, [PartitionSpec()] * 3)) if cfg.num_experts else None
         return PartitionSpec(*spec_of(tokens), None), load
 
-    return compiler_partitioned(run, (params, tokens, positions, segment_ids), specs)
+    return compiler_partitioned(run, (params, tokens, positions, segment_ids, prefix), specs)
 
 
 def logits(params: Params, cfg: ModelConfig, hidden: Array) -> Array:

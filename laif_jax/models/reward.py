@@ -83,6 +83,7 @@ def reward_scores(
     *,
     members: int = 1,
     max_segments: int = 1,
+    prefix: jax.Array | None = None,
     dtype: Any = jnp.float32,
     remat: Remat = "none",
 ) -> jax.Array:
@@ -91,6 +92,7 @@ def reward_scores(
     Args:
       params: see the head of this module. tokens, positions, segment_ids: int32 [R, T]; segment 0 is padding.
       members: K, static. max_segments: S, static, a bound on the segments of a row. dtype: of compute.
+      prefix: of rows in which pairs share their prompt, see `hidden_and_load`.
 
     Returns:
       float32 [R, S], or [K, R, S] if K > 1; 0 where a row has no such segment.
@@ -98,6 +100,7 @@ def reward_scores(
     options: dict[str, Any] = {
         "members": members,
         "max_segments": max_segments,
+        "prefix": prefix,
         "dtype": dtype,
         "remat": remat,
     }
@@ -115,11 +118,14 @@ def reward_scores_and_load(
     max_segments: int,
     dtype: Any,
     remat: Remat,
+    prefix: jax.Array | None = None,
 ) -> tuple[jax.Array, RouterLoad | None]:
     """`reward_scores`, and the load of the experts (with a leading [K] if K > 1), None without experts."""
 
     def one(params: Params) -> tuple[jax.Array, RouterLoad | None]:
-        hidden, load = hidden_and_load(params, cfg, tokens, positions, segment_ids, dtype=dtype, remat=remat)
+        hidden, load = hidden_and_load(
+            params, cfg, tokens, positions, segment_ids, prefix=prefix, dtype=dtype, remat=remat
+        )
         return segment_scores(params, cfg, hidden, segment_ids, max_segments), load
 
     return for_members(one, params, cfg, members)

@@ -8,11 +8,12 @@ from transformers import PreTrainedTokenizerBase
 from laif_jax.config import DpoSpec
 from laif_jax.data.chat import encode_pair
 from laif_jax.data.pipeline import Batches, preference_batches
+from laif_jax.models.config import ModelConfig
 from laif_jax.stages import fit, label
 from laif_jax.stages.artifact import Artifact, StageError, run_stage
 from laif_jax.stages.base import model_folder, model_settings
 from laif_jax.stages.context import StudyContext
-from laif_jax.training.tasks import preference_task
+from laif_jax.training.tasks import preference_task, shares_prompts
 
 
 def run(
@@ -39,7 +40,7 @@ def run(
 
     def work(folder: epath.Path) -> dict[str, Any]:
         model = fit.load(ctx, model_folder(policy))
-        batches, pairs = make_batches(ctx, model.tokenizer, labels, spec)
+        batches, pairs = make_batches(ctx, model.tokenizer, labels, spec, model.cfg)
         shown = [preference.prompt for preference in label.read_preferences(labels)[: fit.SHOWN]]
         return fit.fit(
             ctx,
@@ -59,9 +60,13 @@ def run(
 
 
 def make_batches(
-    ctx: StudyContext, tokenizer: PreTrainedTokenizerBase, labels: Artifact, spec: DpoSpec | None = None
+    ctx: StudyContext,
+    tokenizer: PreTrainedTokenizerBase,
+    labels: Artifact,
+    spec: DpoSpec | None = None,
+    cfg: ModelConfig | None = None,
 ) -> tuple[Batches, int]:
-    """(the batches of the whole run, how many pairs there are)."""
+    """(the batches of the whole run, how many pairs there are). `cfg`: of the model that reads them, if known."""
     spec = _spec(ctx, spec)
     encoded = [
         encode_pair(
@@ -77,7 +82,9 @@ def make_batches(
         )
         for preference in label.read_preferences(labels)
     ]
-    return preference_batches(encoded, **fit.batch_options(ctx, spec, tokenizer)), len(encoded)
+    shared = shares_prompts(spec, ctx.mesh, cfg)
+    options = fit.batch_options(ctx, spec, tokenizer)
+    return preference_batches(encoded, share_prompts=shared, **options), len(encoded)
 
 
 def _spec(ctx: StudyContext, spec: DpoSpec | None) -> DpoSpec:

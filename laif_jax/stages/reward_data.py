@@ -28,6 +28,7 @@ from laif_jax.stages import prompts as prompts_stage
 from laif_jax.stages.artifact import Artifact
 from laif_jax.stages.context import Context
 from laif_jax.training.reward_task import bootstrap_weights
+from laif_jax.training.tasks import shares_prompts
 
 HELD_OUT = "held_out"
 
@@ -110,6 +111,7 @@ class Encoder:
         self._ctx, self._spec = ctx, spec
         self._tokenizer: PreTrainedTokenizerBase = model.tokenizer
         self._end = model.end_of_context
+        self._shared = shares_prompts(spec, ctx.mesh, model.cfg)
         self._known: dict[int, tuple[list[Pair], list[EncodedPair]]] = {}
 
     def encode(self, pairs: list[Pair]) -> list[EncodedPair]:
@@ -134,15 +136,14 @@ class Encoder:
             columns["margin"] = np.array([pair.margin for pair in encoded], np.float32)
         if spec.bootstrap and spec.members > 1:
             columns["member_weight"] = bootstrap_weights(len(encoded), spec.members, self._ctx.seed)
-        return preference_batches(
-            encoded, columns=columns, **fit.batch_options(self._ctx, spec, self._tokenizer)
-        )
+        options = fit.batch_options(self._ctx, spec, self._tokenizer)
+        return preference_batches(encoded, columns=columns, share_prompts=self._shared, **options)
 
     def test_batches(self, pairs: list[Pair]) -> Batches:
         """Every pair once, in shapes as of training."""
         once = self._spec.model_copy(update={"epochs": 1, "steps": None})
         options = fit.batch_options(self._ctx, once, self._tokenizer)
-        return preference_batches(self.encode(pairs), shuffle=False, **options)
+        return preference_batches(self.encode(pairs), shuffle=False, share_prompts=self._shared, **options)
 
 
 def scored(pairs: Sequence[Pair], chosen: np.ndarray, rejected: np.ndarray) -> tuple[ScoredPairs, int]:

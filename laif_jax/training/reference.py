@@ -31,6 +31,7 @@ from laif_jax.training.step import make_train_step
 
 log = logging.getLogger(__name__)
 HASHED = ("tokens", "segment_ids", "loss_mask", "chosen", "rejected", "pair_index")
+HASHED_IF_THERE = ("prefix",)  # of pairs that share their prompt
 
 
 class MissingReferenceError(LaifError, KeyError):
@@ -135,7 +136,7 @@ def _survey(batches: Batches, num_pairs: int, steps: int | None) -> tuple[str, i
         if batch is None:
             break
         count += 1
-        for name in HASHED:
+        for name in (*HASHED, *(name for name in HASHED_IF_THERE if name in batch)):
             array = np.ascontiguousarray(batch[name])
             digest.update(f"{name}{array.shape}{array.dtype}".encode())
             digest.update(array.data)

@@ -53,6 +53,7 @@ class RewardTask:
             batch["segment_ids"],
             members=self.members,
             max_segments=self.max_segments,
+            prefix=batch.get("prefix"),
             dtype=jnp.dtype(self.dtype),
             remat=self.remat,
         )

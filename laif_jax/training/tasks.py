@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from laif_jax.config.schema import DpoSpec, SftSpec
+from laif_jax.config.schema import DpoSpec, PairTrainSpec, SftSpec
 from laif_jax.models.config import ModelConfig
 from laif_jax.models.decoder import hidden_and_load
 from laif_jax.models.heads import token_logps, token_stats
@@ -111,6 +111,7 @@ class PreferenceTask:
             tokens,
             batch["positions"],
             segments,
+            prefix=batch.get("prefix"),
             dtype=jnp.dtype(self.dtype),
             remat=self.remat,
         )
@@ -180,6 +181,22 @@ class PreferenceTask:
             raise FirstStepError(
                 f"before the first update the `{self.loss}` loss is {found!r}, but at margin 0 it must be {expected!r}"
             )
+
+
+def shares_prompts(spec: PairTrainSpec, mesh: Any, cfg: ModelConfig | None = None) -> bool:
+    """Whether the pairs of a run lie in rows where they share their prompt, see `preference_batches`.
+
+    With `spec.share_prompts` and packing, but for two cases: on TPUs, whose attention kernel knows segments and windows
+    alone; and for a model (`cfg`) whose rotary frequencies depend on the length of the sequence, beyond the length
+    where they start to: the prompt has other keys there for every answer.
+    """
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    stretched = (
+        cfg is not None
+        and spec.max_length > cfg.max_position
+        and any(rope.kind == "dynamic" for rope in cfg.ropes)
+    )
+    return spec.packing and spec.share_prompts and not on_tpu and not stretched
 
 
 def sft_task(

@@ -67,6 +67,21 @@ def test_both_sides_of_a_pair_lie_in_the_same_two_rows(lengths, row_length, max_
     assert len({*zip(pairs.group.tolist(), pairs.slot.tolist(), strict=True)}) == n
 
 
+@given(lengths_strategy, st.integers(32, 60), st.sampled_from([2, 4, 6]), st.randoms())
+def test_a_pair_lies_side_by_side_where_a_group_is_one_row(lengths, row_length, max_segments, random):
+    lengths = np.resize(lengths, 2 * len(lengths))
+    n = len(lengths) // 2
+    order = np.asarray(random.sample(range(n), n))
+    pairs = pack_pairs(order, lengths, row_length, max_segments, 1)
+    check_rows(pairs.rows, lengths, row_length, max_segments)
+    place = {e: (r, s) for e, r, s in zip(pairs.rows.example, pairs.rows.row, pairs.rows.segment)}
+    for pair, group in zip(pairs.pair, pairs.group, strict=True):
+        assert place[2 * pair] == (group, place[2 * pair][1])
+        assert place[2 * pair + 1] == (group, place[2 * pair][1] + 1)
+    assert len({*zip(pairs.group.tolist(), pairs.slot.tolist(), strict=True)}) == n
+    assert pairs.slot.max() < max_segments // 2
+
+
 def test_without_packing_everything_has_its_own_row():
     order = np.asarray([3, 1, 2])
     rows = one_per_row(order)

@@ -1,6 +1,7 @@
 """Batches: everything once per epoch, whatever the hosts; right masks and tables; exact resumption."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -323,7 +324,7 @@ def test_an_unpacked_pair_is_two_rows():
         examples, batch_size=4, micro_batch=2, max_length=8, pad_id=PAD, epochs=1, shuffle=False
     )
     batch = batches.at(0)
-    assert batches.layout == (2, 4, 4, 8, 1, 2)
+    assert batches.layout == (2, 4, 4, 8, 1, 2, 2)
     assert batch["pair_index"].tolist() == [[0, 1], [2, -1]]
     assert batch["chosen"].tolist() == [[0, 2], [0, 0]]
     assert batch["rejected"].tolist() == [[1, 3], [1, 0]]
@@ -351,3 +352,83 @@ def test_what_cannot_work_with_pairs_is_an_error(kwargs, message):
     settings_ = {"batch_size": 2, "max_length": 8, "pad_id": PAD, "epochs": 1} | kwargs
     with pytest.raises(ValueError, match=message):
         preference_batches([EncodedPair(encoded(0, 4, 2), encoded(1, 4, 2))], **settings_)
+
+
+# ---- pairs that share their prompt -----------------------------------------------------------------------------
+
+
+@st.composite
+def answered(draw):
+    """Pairs whose sides begin alike: with one prompt, and sometimes with more, or nothing at all."""
+    made = []
+    for i in range(draw(st.integers(1, 12))):
+        prompt, a, b = (draw(st.integers(low, 8)) for low in (1, 1, 1))
+        same = draw(st.integers(0, prompt + 3))  # tokens that the rejected side has of the chosen one
+        chosen, other = encoded(2 * i, prompt + a, prompt), encoded(2 * i + 1, prompt + b, prompt)
+        same = min(same, len(chosen.tokens))
+        tokens = (chosen.tokens[:same] + other.tokens[same:])[: prompt + b]
+        made.append(EncodedPair(chosen, replace(other, tokens=tokens)))
+    return made
+
+
+@quick
+@given(answered(), st.integers(1, 3), st.integers(1, 3))
+def test_a_shared_prompt_is_there_once_and_both_dialogues_are_whole(examples, hosts, multiple):
+    made = [
+        preference_batches(
+            examples,
+            batch_size=4,
+            max_length=16,
+            pad_id=PAD,
+            packing=True,
+            share_prompts=True,
+            epochs=1,
+            row_multiple=multiple,
+            process_index=i,
+            process_count=hosts,
+        )
+        for i in range(hosts)
+    ]
+    layout = made[0].layout
+    assert layout.row_length == 32
+    seen = []
+    for host, batches in enumerate(made):
+        first_row = host * layout.rows // hosts
+        for batch in take(batches):
+            arrays = {name: batch[name][0] for name in ("tokens", "segment_ids", "positions", "prefix")}
+            assert not batch["prefix"][batch["segment_ids"] == 0].any()
+            for a, slot in np.argwhere(batch["pair_index"] >= 0):
+                pair = examples[int(batch["pair_index"][a, slot])]
+                seen.append(int(batch["pair_index"][a, slot]))
+                row, segment = divmod(int(batch["chosen"][a, slot]), layout.max_segments)
+                assert batch["rejected"][a, slot] == batch["chosen"][a, slot] + 1
+                row -= first_row
+                own = [
+                    {name: array[row, arrays["segment_ids"][row] == s] for name, array in arrays.items()}
+                    for s in (segment + 1, segment + 2)
+                ]
+                mask = [batch["loss_mask"][0, row, arrays["segment_ids"][row] == segment + s] for s in (1, 2)]
+                (start,) = set(own[1]["prefix"].tolist())
+                same = next(
+                    (t for t, (x, y) in enumerate(zip(pair.chosen.tokens, pair.rejected.tokens)) if x != y),
+                    min(len(pair.chosen.tokens), len(pair.rejected.tokens)),
+                )
+                assert start == max(min(same, pair.rejected.loss_mask.index(1)) - 1, 0)
+                assert not own[0]["prefix"].any()
+                assert own[0]["tokens"].tolist() == pair.chosen.tokens
+                whole = own[0]["tokens"][:start].tolist() + own[1]["tokens"].tolist()
+                assert whole == pair.rejected.tokens
+                assert mask[0].tolist() == pair.chosen.loss_mask
+                assert [0.0] * start + mask[1].tolist() == pair.rejected.loss_mask
+                assert mask[1][0] == 0
+                assert own[1]["positions"].tolist() == list(range(start, len(whole)))
+    assert sorted(seen) == list(range(len(examples)))
+
+
+def test_shared_prompts_need_packing_and_sides_that_fit_a_row():
+    pair = EncodedPair(encoded(0, 9, 2), encoded(1, 4, 2))
+    settings_ = {"batch_size": 2, "pad_id": PAD, "epochs": 1, "share_prompts": True}
+    with pytest.raises(ValueError, match="needs `packing`"):
+        preference_batches([pair], max_length=16, **settings_)
+    with pytest.raises(ValueError, match="example 0 has 9 tokens, more than the row length 8"):
+        preference_batches([pair], max_length=8, packing=True, **settings_)
