@@ -415,7 +415,7 @@ def _arm_problems(config: StudyConfig) -> Iterable[str]:
 
 
 def _iterate_problems(config: StudyConfig, arms: Sequence[ArmSpec]) -> Iterable[str]:
-    """A budget that does not divide over the rounds, or cannot be held."""
+    """A budget that does not divide over the rounds."""
     spec = config.iterate
     if spec is None:
         return
@@ -427,16 +427,6 @@ def _iterate_problems(config: StudyConfig, arms: Sequence[ArmSpec]) -> Iterable[
     for key, count in budgets:
         if count is not None and count < spec.rounds:
             yield f"{key}: {count} do not divide over {spec.rounds} `iterate.rounds`; the rounds share them"
-    for arm in arms:
-        critic = config.critics.get(arm.critic or "")
-        endpoint = config.endpoints.get(critic.endpoint) if critic else None
-        if spec.max_cost is None or not arm.optimize.startswith("iterated") or not critic or not endpoint:
-            continue
-        if endpoint.provider == "openai" and endpoint.prompt_price is None:
-            yield (
-                f"iterate.max_cost: the endpoint `{critic.endpoint}` of arm `{arm.name}` has no prices; give its "
-                "`prompt_price` and `completion_price`"
-            )
 
 
 def expand_arms(config: StudyConfig) -> list[ArmSpec]:

@@ -5,6 +5,8 @@ Where their number depends on the run, it is the most that they can be, and the 
 `labeling.plan`), so dollars and time are too; with a `--budget` the service holds the money itself.
 """
 
+import datetime
+import logging
 from collections.abc import Callable, Iterable, Sequence
 
 from etils import epath
@@ -16,17 +18,21 @@ from laif_jax.data.sources import load_prompts
 from laif_jax.evaluation.agreement import read_human_labels
 from laif_jax.labeling.critic import Critic, instruction_text, load_critic
 from laif_jax.labeling.plan import ESTIMATED, Plan, PlanRow, check_askable, fixed_tokens, show_plan, tokens_of
+from laif_jax.labeling.prices import need_price
 from laif_jax.labeling.probe import probe_set
 from laif_jax.labeling.revise import load_reviser
-from laif_jax.records import Prompt
+from laif_jax.records import Prompt, write_json
 from laif_jax.records.errors import LaifError
 from laif_jax.stages.context import Services, StudyContext
 from laif_jax.stages.label import load_voice
 from laif_jax.stages.split import round_slice, sft_count
 from laif_jax.studies.graph import ordered
 from laif_jax.studies.laif import Builder, Replicate
+from laif_jax.studies.report import print_text
 
-__all__ = ["Plan", "PlanRow", "plan_ppo", "plan_study", "show_plan"]
+__all__ = ["Plan", "PlanRow", "announce", "plan_ppo", "plan_study", "show_plan"]
+
+logger = logging.getLogger(__name__)
 
 EQUAL = "pairs of equal or empty answers are not asked about, and an equal question is asked once"
 STRONG = "it is asked only where the first tier is not sure"
@@ -52,6 +58,31 @@ def plan_ppo(config: PpoConfig) -> Plan:
         if source.critic is not None:
             planner.ratings(name, config.critics[source.critic], config.ppo, train, evaluation)
     return planner.finish([])
+
+
+def announce(config: RunConfig, make: Callable[[], Plan], root: epath.Path) -> Plan | None:
+    """Prints what a run will ask for before anything is sent, if it asks for anything, and keeps it as `plan.json`.
+
+    Returns:
+      The plan; None if it cannot be made, which is logged and stops nothing.
+
+    Raises:
+      EndpointError: there is a budget, and a model without a price.
+    """
+    try:
+        plan = make()
+    except (LaifError, OSError) as error:
+        logger.warning("what this run will ask for cannot be told: %s", error)
+        plan = None
+    write_json(root / "plan.json", plan.to_json() if plan else {"rows": [], "nanos": None})
+    if plan is None:
+        return None
+    if plan.rows:
+        print_text(f"planned, before anything is sent:\n{show_plan(plan)}")
+    if config.labeling.budget not in (None, "none") or config.labeling.job_budget:
+        for row in plan.rows:
+            need_price(config.endpoints[row.endpoint], datetime.datetime.now(datetime.UTC).date())
+    return plan
 
 
 def _prompts(config: StudyConfig | PpoConfig, seed: int) -> tuple[list[Prompt], list[Prompt]]:

@@ -7,6 +7,7 @@ from laif_jax.stages import base, fit, ppo
 from laif_jax.stages import prompts as prompts_stage
 from laif_jax.stages.artifact import Artifact
 from laif_jax.stages.context import Context
+from laif_jax.studies.plan import plan_ppo
 from laif_jax.studies.ppo_report import ppo_table, render, verdicts, warnings
 from laif_jax.studies.single import Command
 from laif_jax.training.metrics import read_metrics
@@ -63,4 +64,5 @@ PPO = Command(
     curves=lambda artifact: {"rows": _rows(artifact), "samples": _samples(artifact)},
     page=render,
     table=ppo_table,
+    plan=plan_ppo,
 )

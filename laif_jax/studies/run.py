@@ -8,20 +8,19 @@ from typing import Any
 
 from etils import epath
 
-from laif_jax.config import StudyConfig, dump_config, load_config
+from laif_jax.config import ConfigError, StudyConfig, dump_config, load_config
 from laif_jax.config.load import expand_arms
 from laif_jax.labeling.critic import load_critic
-from laif_jax.labeling.prices import need_price
+from laif_jax.labeling.prices import price_of
 from laif_jax.parallel import distributed
 from laif_jax.parallel.mesh import make_mesh
 from laif_jax.records import check_writable, write_json
-from laif_jax.records.errors import LaifError
 from laif_jax.stages.artifact import StageError
 from laif_jax.stages.context import Services, StudyContext
 from laif_jax.studies.graph import Node, Outcome, execute
 from laif_jax.studies.laif import Replicate, build
-from laif_jax.studies.plan import Plan, plan_study, show_plan
-from laif_jax.studies.report import print_results, print_text, write_report
+from laif_jax.studies.plan import announce, plan_study
+from laif_jax.studies.report import print_results, write_report
 from laif_jax.studies.results import Collected, collect
 from laif_jax.studies.single import run_folder
 from laif_jax.studies.spending import spending
@@ -45,6 +44,7 @@ def run_study(config_path: str, overrides: Sequence[str] = ()) -> int:
     config = load_config(config_path, overrides)
     distributed.initialize()
     make_mesh(config.mesh)  # a mesh that does not fit these devices would fail every stage that computes
+    _check_bounds(config)
     # Critics are first used after training, and what is wrong with one should be known before.
     distributed.from_main(lambda: _check_critics(config))
     enable_compilation_cache()
@@ -52,10 +52,7 @@ def run_study(config_path: str, overrides: Sequence[str] = ()) -> int:
     distributed.from_main(lambda: check_writable(root))
     if distributed.is_main():
         (root / "config.yaml").write_text(dump_config(config))
-
-        plan = _plan(config)
-        write_json(root / "plan.json", plan.to_json() if plan else {"rows": [], "nanos": None})
-
+        plan = announce(config, lambda: plan_study(config), root)
     with Services(config, root) as services:
         replicates = [
             build(StudyContext(config=config, root=root, seed=config.seed + index, services=services))
@@ -74,23 +71,20 @@ def run_study(config_path: str, overrides: Sequence[str] = ()) -> int:
     return 1 if failed else 0
 
 
-def _plan(config: StudyConfig) -> Plan | None:
-    """What the study will ask for, printed before anything is sent; None if that cannot be told, which stops nothing.
-
-    Raises:
-      EndpointError: there is a budget, and a model without a price.
-    """
-    try:
-        plan = plan_study(config)
-    except (LaifError, OSError) as error:
-        logger.warning("what this study will ask for cannot be told: %s", error)
-        return None
-    if plan.rows:
-        print_text(f"planned, before anything is sent:\n{show_plan(plan)}")
-    if config.labeling.budget not in (None, "none") or config.labeling.job_budget:
-        for row in plan.rows:
-            need_price(config.endpoints[row.endpoint], datetime.datetime.now(datetime.UTC).date())
-    return plan
+def _check_bounds(config: StudyConfig) -> None:
+    """Raises ConfigError if `iterate.max_cost` is to hold for a model whose price nobody knows."""
+    spec, today = config.iterate, datetime.datetime.now(datetime.UTC).date()
+    if spec is None or spec.max_cost is None:
+        return
+    for arm in expand_arms(config):
+        if arm.critic is None or not arm.optimize.startswith("iterated"):
+            continue
+        for voice in config.critics[arm.critic].voices:
+            if price_of(config.endpoints[voice.endpoint], today) is None:
+                raise ConfigError(
+                    f"iterate.max_cost: no price is known for the endpoint `{voice.endpoint}` of arm `{arm.name}`, so "
+                    "it cannot hold; give its `prompt_price` and `completion_price`"
+                )
 
 
 def _check_critics(config: StudyConfig) -> None:

@@ -25,6 +25,7 @@ from laif_jax.records import check_writable, write_json
 from laif_jax.stages import fit
 from laif_jax.stages.artifact import Artifact, StageError, versions
 from laif_jax.stages.context import Context, Services
+from laif_jax.studies.plan import Plan, announce
 from laif_jax.studies.report import environment
 from laif_jax.studies.table import printable
 from laif_jax.training.step import enable_compilation_cache
@@ -43,6 +44,7 @@ class Command(Generic[Config]):
       describe: what `results.json` holds beside the frame; `settings` among it is shown at the end of the page.
       curves: what the page draws beside `results.json`, kept in `report/data.json`.
       page: the HTML page, from `results.json` and `report/data.json`. table: for the terminal, of a width in columns.
+      plan: what it will ask other models for; None: it asks for nothing.
     """
 
     kind: str
@@ -53,6 +55,7 @@ class Command(Generic[Config]):
     curves: Callable[[Artifact], dict[str, Any]]
     page: Callable[[Results, Mapping[str, Any]], str]
     table: Callable[[Results, int], str]
+    plan: Callable[[Config], Plan] | None = None
 
     def run(self, config_path: str, overrides: Sequence[str] = ()) -> int:
         """Trains and reports; what is finished is not done again, so that the same command goes on after any
@@ -66,7 +69,7 @@ class Command(Generic[Config]):
 
         Raises:
           ConfigError, MeshError, DataError: a mistake that is found before training. OSError: `out` cannot be
-            written. StageError: training failed.
+            written. EndpointError: there is a budget, and a model without a price. StageError: training failed.
         """
         config = load_config(config_path, overrides, self.schema)
         distributed.initialize()
@@ -76,6 +79,8 @@ class Command(Generic[Config]):
         distributed.from_main(lambda: check_writable(root))
         if distributed.is_main():
             (root / "config.yaml").write_text(dump_config(config))
+            if (plan := self.plan) is not None:
+                announce(config, lambda: plan(config), root)
         with Services(config, root) as services:
             ctx = Context(config=config, root=root, seed=config.seed, services=services)
             artifact = self.train(ctx, config)

@@ -77,8 +77,12 @@ class RichProgress:
 
 
 def describe(row: Mapping[str, Any]) -> str:
-    """Loss, the preference accuracy if there is one, and throughput."""
+    """What tells whether it learns (PPO's score and KL, loss, preference accuracy; those that there are), and speed."""
     parts = []
+    if row.get("objective/scores") is not None:
+        parts.append(f"score {row['objective/scores']:.4f}")
+    if row.get("objective/kl") is not None:
+        parts.append(f"KL {row['objective/kl']:.3f}")
     if row.get("loss") is not None:
         parts.append(f"loss {row['loss']:.4f}")
     if row.get("rewards/accuracies") is not None:

@@ -12,6 +12,8 @@ from laif_jax.config import EndpointSpec, load_config
 from laif_jax.labeling import plan as planning
 from laif_jax.labeling.plan import PlanRow
 from laif_jax.records import write_jsonl
+from laif_jax.stages.artifact import StageError
+from laif_jax.studies import run
 from laif_jax.studies.plan import plan_study, show_plan
 from tests.studies import tiny, tiny_rl
 
@@ -38,6 +40,26 @@ def test_rounds_are_counted_up_to_their_bounds(tmp_path) -> None:
     assert "people are asked about 60 comparisons at most" in people.notes
 
 
+def test_a_bound_in_dollars_needs_a_price_that_somebody_knows(tmp_path, monkeypatch, capsys) -> None:
+    def began(*_, **__):
+        pytest.fail("the study began")
+
+    def study(**endpoint: Any) -> str:
+        asked = {**tiny.TREE["endpoints"], "strong": {"provider": "openai", **endpoint}}
+        changes = {**tiny_rl.CHANGES, "endpoints": asked}
+        changes["iterate"] = {**tiny_rl.CHANGES["iterate"], "max_cost": 1.0}
+        return str(tiny.write(tmp_path, **changes))
+
+    unknown = {"base_url": "http://127.0.0.1:9/v1", "model": "mine"}
+    monkeypatch.setattr(run, "execute", began)
+    assert main(["run", study(**unknown)]) == 2
+    said = capsys.readouterr().err
+    assert "iterate.max_cost: no price is known for the endpoint `strong` of arm `rounds`" in said
+    assert "`prompt_price` and `completion_price`" in said
+    run._check_bounds(load_config(study(**unknown, prompt_price=1.0, completion_price=2.0)))
+    run._check_bounds(load_config(study(base_url=PAID["base_url"], model=PAID["model"])))  # the table's
+
+
 def test_shares_are_counted_exactly(tmp_path) -> None:
     """Names of stages tell a share in whole per cents only."""
     arms = [{**arm, "share": 0.125} for arm in tiny_rl.ARMS[:2]]
@@ -61,7 +83,7 @@ def test_ratings_of_every_rollout_and_of_a_sweep_are_counted(tmp_path) -> None:
     assert swept.calls == 2 * once.calls  # the coefficient 0.05 is the arm's own
 
 
-def test_a_run_of_ppo_alone_is_planned_too(tmp_path, capsys) -> None:
+def test_a_run_of_ppo_alone_is_planned_too(tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "ppo.yaml").write_text(
         json.dumps(
             {
@@ -79,6 +101,16 @@ def test_a_run_of_ppo_alone_is_planned_too(tmp_path, capsys) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["total"]["calls"] == 2 * 8 + 3 * 8
     assert found["nanos"] > 0
+
+    def began(*_, **__):
+        raise StageError("the run began")
+
+    monkeypatch.setattr("laif_jax.studies.ppo.prompts_stage.run", began)
+    assert main(["ppo", str(tmp_path / "ppo.yaml"), f"out={tmp_path / 'runs'}"]) == 2
+    said = capsys.readouterr()
+    assert "the run began" in said.err
+    assert "planned, before anything is sent" in said.out
+    assert json.loads((tmp_path / "runs" / "alone" / "plan.json").read_text())["nanos"] == found["nanos"]
     trained = Path(__file__).parents[2] / "configs" / "reward_smollm2.yaml"
     assert main(["label", "plan", str(trained)]) == 0
     assert "No other model is asked" in capsys.readouterr().out

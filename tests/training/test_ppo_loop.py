@@ -14,6 +14,7 @@ from laif_jax.records import LaifError
 from laif_jax.training.checkpoint import Checkpointer
 from laif_jax.training.metrics import read_metrics
 from laif_jax.training.ppo_loop import run_ppo
+from laif_jax.training.progress import describe
 from laif_jax.training.recorder import NonFiniteError
 from tests.training import killed_ppo
 from tests.training.ppo_small import count_of, models, scorer, spec, task
@@ -50,6 +51,16 @@ def learned(tmp_path_factory):
         progress=False,
     )
     return out, result, snapshots
+
+
+def test_the_progress_line_leads_with_score_and_kl(learned):
+    _, result, _ = learned
+    row = result.history[-1]
+    expected = (
+        f"score {row['objective/scores']:.4f}, KL {row['objective/kl']:.3f}, loss {row['loss']:.4f}, "
+        f"{row['perf/tokens_per_second_per_device']:,.0f} tokens/s/device"
+    )
+    assert describe(row) == expected
 
 
 def test_it_learns_and_says_how(learned):
