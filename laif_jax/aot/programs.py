@@ -376,7 +376,8 @@ def _ppo_models(config: RunConfig, spec: PpoSpec, cfg: Any, mesh: AnyMesh) -> tu
 
 
 def sample(config: RunConfig, mesh: AnyMesh) -> list[Program]:
-    """Prefill of a batch of prompts, and one step of the decode loop per new token."""
+    """Prefill of a batch of prompts, and one step of the decode loop per new token. (One process refills finished rows:
+    the same loop, and prefills of fewer prompts at a time.)"""
     spec, cfg = section(config, "sampling"), dataclasses.replace(architecture(config), lora=None)
     assert isinstance(spec, SamplingSpec)
     dtype = jnp.dtype(config.model.dtype)
@@ -388,11 +389,12 @@ def sample(config: RunConfig, mesh: AnyMesh) -> list[Program]:
     width = length_bucket(longest, limit)
     rows = batch_bucket(spec.batch_size, spec.batch_size, row_parts(mesh))
     capacity = min(spec.max_new_tokens, limit - 1)
-    run = engine.compiled(cfg, dtype, capacity, None, mesh)
+    run = engine.compiled(cfg, dtype, capacity, None, mesh, spec.kv_cache)
     by_rows = row_sharding(mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     row = lambda dtype, *more: struct((rows, *more), dtype, by_rows)  # noqa: E731
-    params = in_dtype(_unstacked(abstract_params(param_specs(cfg), mesh, jnp.float32), cfg), dtype)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        params = in_dtype(_unstacked(abstract_params(param_specs(cfg), mesh, jnp.float32), cfg), dtype)
     settings = engine.RowSettings(
         row(jnp.uint32, _KEY_WIDTH),
         SamplingParams(row(jnp.float32), row(jnp.float32), row(jnp.int32)),
@@ -405,7 +407,8 @@ def sample(config: RunConfig, mesh: AnyMesh) -> list[Program]:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         state = jax.eval_shape(lambda *args: run.prefill(*args, cache), *prompt)
     state = jax.tree.map(lambda x: struct(x.shape, x.dtype, by_rows), state)
-    decode = (params, state, settings, ends, row(jnp.bool_), struct((), jnp.int32, whole))
+    number = struct((), jnp.int32, whole)
+    decode = (params, state, settings, ends, row(jnp.bool_), number, number)
     return [
         Program("prefill", run.prefill, (*prompt, cache), rows, forward(rows * width, width)),
         Program("decode", run.decode, decode, 0.0, forward(rows, cache), repeat=capacity),
@@ -417,6 +420,9 @@ def _unstacked(params: Any, cfg: Any) -> Any:
     shapes = jax.eval_shape(lambda tree: unstack_layers(tree, cfg), params)
 
     def one(path: Any, x: Any) -> Any:
+        if path[0].key not in params:  # the copy of a tied embedding, the other way round
+            table = params["embed"]["embedding"].sharding
+            return struct(x.shape, x.dtype, NamedSharding(table.mesh, PartitionSpec(*reversed(table.spec))))
         node: Any = params
         for entry in path:
             if not hasattr(entry, "idx"):

@@ -241,6 +241,11 @@ class PpoSpec(Spec):
             )
         if self.sampling.temperature == 0:
             raise ValueError("`sampling.temperature: 0` explores nothing; use a temperature above 0")
+        if self.sampling.kv_cache != "compute":
+            raise ValueError(
+                "`sampling.kv_cache: int8` would draw responses from another distribution than the one whose log-probs "
+                "the update uses. Remove it, or lower `sampling.batch_size` (rows decoded at a time) to save memory"
+            )
         if self.sampling.top_p < 1 or self.sampling.top_k > 0:
             raise ValueError(
                 "`sampling.top_p` and `sampling.top_k` cut the distribution that log-probs are computed under, so that "

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
+from laif_jax.models.cache import LayerCache
 from laif_jax.models.splash import splash_applies, splash_attention, target_platform
 
 Array = jax.Array
@@ -250,26 +251,31 @@ def _online_softmax_step(
 
 
 def decode_attention(
-    q: Array, keys: Array, values: Array, index: Array, *, window: int, softcap: float | None, scale: float
+    q: Array, cache: LayerCache, index: Array, *, window: int, softcap: float | None, scale: float
 ) -> Array:
     """One new token per row.
 
     Args:
-      q: [B, 1, N, H]. keys, values: the cache [B, K, S, H], whose slot s holds position s. index: int32 [B], the
-        position of the new token, already written to the cache.
+      q: [B, 1, N, H]. cache: of the layer; its slot s holds position s. index: int32 [B], the position of the new
+        token, already written to the cache.
 
     Returns:
       [B, 1, N, H].
     """
     batch, _, heads, head_dim = q.shape
-    kv_heads = keys.shape[1]
+    kv_heads = cache.values.shape[1]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, head_dim)
-    scores = jnp.einsum("bkgh,bksh->bkgs", grouped, keys, preferred_element_type=jnp.float32) * scale
+    keys, values = cache.keys.astype(q.dtype), cache.values.astype(q.dtype)
+    scores = jnp.einsum("bkgh,bkhs->bkgs", grouped, keys, preferred_element_type=jnp.float32) * scale
+    if cache.key_scales is not None:
+        scores = scores * cache.key_scales[:, :, None]
     if softcap is not None:
         scores = jnp.tanh(scores / softcap) * softcap
-    mask = _in_window(index[:, None] - jnp.arange(keys.shape[2])[None, :], window)
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _HIDDEN), axis=-1).astype(values.dtype)
-    return jnp.einsum("bkgs,bksh->bkgh", weights, values).reshape(q.shape)
+    mask = _in_window(index[:, None] - jnp.arange(cache.length)[None, :], window)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _HIDDEN), axis=-1)
+    if cache.value_scales is not None:
+        weights = weights * cache.value_scales[:, :, None]
+    return jnp.einsum("bkgs,bksh->bkgh", weights.astype(q.dtype), values).reshape(q.shape)
 
 
 # ---- cuDNN -------------------------------------------------------------------------------------------------------

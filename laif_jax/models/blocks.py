@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from laif_jax.models import moe
 from laif_jax.models.arch import ModelConfig
 from laif_jax.models.attention import Visibility, attention, decode_attention
+from laif_jax.models.cache import LayerCache, with_token
 from laif_jax.models.rope import rotate
 from laif_jax.models.sharding import gathered
 from laif_jax.models.specs import ParamSpec, block_specs
@@ -19,7 +20,7 @@ from laif_jax.parallel.rules import constrain
 
 Array = jax.Array
 Remat = Literal["none", "full", "dots"]
-KV = tuple[Array, Array]
+Kept = tuple[Array, Array] | LayerCache
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
@@ -121,18 +122,14 @@ class Linear(_Table):
         return y + self.get("bias").astype(self.dtype) if "bias" in self.specs else y
 
 
-def _write(slots: Array, new: Array, index: Array) -> Array:
-    """Writes one token per row: slots [B, K, S, H], new [B, 1, K, H], index int32 [B]."""
-    return slots.at[jnp.arange(slots.shape[0]), :, index].set(new[:, 0].astype(slots.dtype))
-
-
 class Attention(_Table):
-    """Self-attention with rotary positions. Returns the output and the keys and values to keep."""
+    """Self-attention with rotary positions. Returns the output and what is kept: keys and values [R, T, K, H], or, of
+    one token per row, the cache with them."""
 
     @nn.compact
     def __call__(
-        self, x: Array, window: int | Array, rope: int | Array, shared: Shared, cache: KV | None
-    ) -> tuple[Array, KV]:
+        self, x: Array, window: int | Array, rope: int | Array, shared: Shared, cache: LayerCache | None
+    ) -> tuple[Array, Kept]:
         cfg = self.cfg
 
         def part(module: type[_Table], name: str, **options: Any) -> _Table:
@@ -149,12 +146,12 @@ class Attention(_Table):
         options: dict[str, Any] = {"window": window, "softcap": cfg.attn_softcap, "scale": cfg.attn_scale}
         if cache is None:
             assert shared.vis is not None
-            kept = k, v
+            kept: Kept = k, v
             out = attention(q, k, v, shared.vis, **options)
         else:
             assert shared.index is not None
-            kept = _write(cache[0], k, shared.index), _write(cache[1], v, shared.index)
-            out = decode_attention(q, *kept, shared.index, **options)
+            kept = with_token(cache, k, v, shared.index)
+            out = decode_attention(q, kept, shared.index, **options)
         out = whole_rows(out, "heads", None)
         return stream(part(Linear, "o", contract=2)(out)), kept
 
@@ -203,8 +200,8 @@ class Block(_Table):
 
     @nn.compact
     def __call__(
-        self, x: Array, layer: tuple[Any, Any], shared: Shared, cache: KV | None = None
-    ) -> tuple[Array, tuple[KV | None, moe.RouterLoad | None]]:
+        self, x: Array, layer: tuple[Any, Any], shared: Shared, cache: LayerCache | None = None
+    ) -> tuple[Array, tuple[Kept | None, moe.RouterLoad | None]]:
         cfg = self.cfg
 
         def part(module: type[_Table], name: str) -> Any:

@@ -9,7 +9,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,13 @@ from jax.sharding import PartitionSpec
 from laif_jax.models import moe
 from laif_jax.models.arch import ModelConfig
 from laif_jax.models.attention import Continued, Visibility, fused_applies, kernel_applies, visibility
-from laif_jax.models.blocks import KV, Block, Layers, Norm, Remat, Shared, initializer, stream
+from laif_jax.models.blocks import Block, Layers, Norm, Remat, Shared, initializer, stream
+from laif_jax.models.cache import Cache, LayerCache, with_prompts
 from laif_jax.models.embedding import look_up
 from laif_jax.models.rope import rope_tables
 from laif_jax.models.sharding import compiler_partitioned, spec_of
 from laif_jax.models.specs import ParamSpec, Specs, block_specs, param_specs
+from laif_jax.models.splash import target_platform
 
 Array = jax.Array
 Params = Mapping[str, Any]
@@ -149,10 +151,10 @@ def logits(params: Params, cfg: ModelConfig, hidden: Array) -> Array:
 
 def vocab_logits(params: Params, cfg: ModelConfig, hidden: Array) -> Array:
     """`logits` for callers that already are inside a region of automatic partitioning."""
-    if cfg.tie_embeddings:
-        table, axis = params["embed"]["embedding"], 1
-    else:
+    if "lm_head" in params:  # of untied embeddings, or a copy of tied ones for decoding (`unstack_layers`)
         table, axis = params["lm_head"]["kernel"], 0
+    else:
+        table, axis = params["embed"]["embedding"], 1
     flat = hidden.reshape(-1, hidden.shape[-1])  # one matrix product, as in `matmul`
     dims = (((1,), (axis,)), ((), ()))
     out = jax.lax.dot_general(flat, table.astype(hidden.dtype), dims, preferred_element_type=jnp.float32)
@@ -163,19 +165,11 @@ def vocab_logits(params: Params, cfg: ModelConfig, hidden: Array) -> Array:
 # ---- decoding ----------------------------------------------------------------------------------------------------
 
 
-class Cache(NamedTuple):
-    """Keys and values per layer, each [B, K, S, H]; slot s holds position s. A pytree: the loop's carry."""
-
-    keys: tuple[Array, ...]
-    values: tuple[Array, ...]
-
-    @property
-    def length(self) -> int:
-        return self.keys[0].shape[2]
-
-
 def unstack_layers(params: Params, cfg: ModelConfig, dtype: Any | None = None) -> dict[str, Any]:
     """Parameters for decoding: "layers" becomes a tuple with one tree per layer.
+
+    On a CPU a tied embedding also becomes an `lm_head` of its own, with the vocabulary innermost: read the other way
+    round, the product of few rows takes 2.5 times as long (8 rows, 49k tokens).
 
     `dtype`: also cast the weights, once, to the compute dtype (norms and adapters included), so that no step does.
     """
@@ -183,21 +177,17 @@ def unstack_layers(params: Params, cfg: ModelConfig, dtype: Any | None = None) -
     out["layers"] = tuple(
         jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(cfg.num_layers)
     )
+    if cfg.tie_embeddings and target_platform() == "cpu":
+        out["lm_head"] = {"kernel": params["embed"]["embedding"].T}
     if dtype is not None:
         out = jax.tree.map(lambda leaf: leaf.astype(dtype), out)
     return out
 
 
-def init_cache(cfg: ModelConfig, batch: int, length: int, dtype: Any = jnp.float32) -> Cache:
-    """An empty cache for `batch` rows of at most `length` tokens."""
-    shape = (batch, cfg.num_kv_heads, length, cfg.head_dim)
-    keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(cfg.num_layers)) for _ in range(2))
-    return Cache(keys, values)
-
-
 def _layer(
-    params: Params, cfg: ModelConfig, i: int, x: Array, shared: Shared, cache: KV | None, dtype: Any
-) -> tuple[Array, KV]:
+    params: Params, cfg: ModelConfig, i: int, x: Array, shared: Shared, cache: LayerCache | None, dtype: Any
+) -> tuple[Array, Any]:
+    """A layer's output, and its keys and values of the prompts (without a cache) or the cache with one more token."""
     window = cfg.windows[i] if cache is not None else jnp.int32(cfg.windows[i])
     block = Block(cfg, block_specs(cfg), dtype, keep=True)
     inputs = ((window, cfg.rope_index[i]), shared, cache)
@@ -251,14 +241,13 @@ def _prefill(
     cosines, sines = rope_tables(cfg, positions, segment_ids)
     shared = Shared(cosines, sines, _who_sees_whom(cfg, segment_ids, dtype), None)
     x = _embed(decode_params, cfg, tokens, dtype)
-    keys, values = [], []
+    layers = []
     for i in range(cfg.num_layers):
         x, kept = _layer(decode_params, cfg, i, x, shared, None, dtype)
-        for new, old, out in zip(kept, (cache.keys[i], cache.values[i]), (keys, values)):
-            out.append(old.at[:, :, :length].set(jnp.swapaxes(new, 1, 2).astype(old.dtype)))
+        layers.append(with_prompts(cache.layers[i], *kept))
     x = _final_norm(decode_params, cfg, x, dtype)
     last = jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)[:, 0]
-    return last, Cache(tuple(keys), tuple(values)), x
+    return last, Cache(tuple(layers)), x
 
 
 def decode_step(
@@ -294,9 +283,8 @@ def _decode_step(
     cosines, sines = rope_tables(cfg, index[:, None], None)
     shared = Shared(cosines, sines, None, index)
     x = _embed(decode_params, cfg, token[:, None], dtype)
-    keys, values = [], []
+    layers = []
     for i in range(cfg.num_layers):
-        x, kept = _layer(decode_params, cfg, i, x, shared, (cache.keys[i], cache.values[i]), dtype)
-        keys.append(kept[0])
-        values.append(kept[1])
-    return _final_norm(decode_params, cfg, x, dtype)[:, 0], Cache(tuple(keys), tuple(values))
+        x, kept = _layer(decode_params, cfg, i, x, shared, cache.layers[i], dtype)
+        layers.append(kept)
+    return _final_norm(decode_params, cfg, x, dtype)[:, 0], Cache(tuple(layers))

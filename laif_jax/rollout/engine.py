@@ -1,9 +1,10 @@
 """The decoding machinery: one compiled prefill and one compiled decode loop over an explicit state.
 
-Three separate parts, so that a slot-based engine can reuse them: `prefill` fills the cache of a batch of prompts and
-draws each row's first token; `decode` takes up to `steps` more steps in one dispatch and stops early when every row is
-done; `emit` draws from logits and records. All that a row is lives in `DecodeState` (its cache, position, count) and
-`RowSettings` (its key, temperature, limit), both indexed by row, none by batch.
+`prefill` fills the cache of a batch of prompts and draws each row's first token; `decode` takes up to `steps` more
+steps in one dispatch and stops early when enough rows are done; `emit` draws from logits and records. All that a row is
+lives in `DecodeState` (its cache, position, count) and `RowSettings` (its key, temperature, limit), both indexed by
+row, none by batch: so `laif_jax.rollout.slots` can give a finished row's place to another prompt. `Engine.run` is the
+plain loop: one batch, from its first token to its last.
 
 A row's random numbers come from its own key and its own count of drawn tokens. So a row's result does not depend on the
 other rows, on the batch size or on padding, beyond the float rounding of differently shaped matrix products.
@@ -22,8 +23,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from laif_jax.models.cache import Cache, Kind, init_cache
 from laif_jax.models.config import ModelConfig
-from laif_jax.models.decoder import decode_step, init_cache, logits, unstack_layers
+from laif_jax.models.decoder import decode_step, logits, unstack_layers
 from laif_jax.models.decoder import prefill as prefill_model
 from laif_jax.rollout.buckets import length_bucket
 from laif_jax.rollout.placement import place, row_sharding, row_shards, spread, to_host, using
@@ -122,9 +124,35 @@ def emit(
     return state
 
 
+def empty_state(cache: Cache, rows: int, capacity: int, top: int | None) -> DecodeState:
+    """Rows that draw nothing, yet; `capacity` and `top` as for `compiled`."""
+
+    def record(*more: int, dtype: Any = jnp.float32) -> jax.Array:
+        return jnp.zeros((rows, capacity, *more), dtype)
+
+    return DecodeState(
+        cache=cache,
+        token=jnp.zeros((rows,), jnp.int32),
+        index=jnp.zeros((rows,), jnp.int32),
+        count=jnp.zeros((rows,), jnp.int32),
+        alive=jnp.zeros((rows,), bool),
+        stopped=jnp.zeros((rows,), bool),
+        tokens=record(dtype=jnp.int32),
+        logps=record(),
+        raw_logps=None if top is None else record(),
+        top_ids=record(top, dtype=jnp.int32) if top else None,
+        top_values=record(top) if top else None,
+    )
+
+
+def state_sharding(mesh: Mesh) -> DecodeState:
+    """Rows over the mesh; the cache's sharding follows the parameters' and the rows'."""
+    return DecodeState(None, *cast(Any, [row_sharding(mesh)] * 10))
+
+
 class Compiled(NamedTuple):
     """`prefill(params, tokens, lengths, settings, eos_ids, cache_length) -> state`;
-    `decode(params, state, settings, eos_ids, keep, steps) -> state`, which takes over (donates) the state."""
+    `decode(params, state, settings, eos_ids, keep, steps, enough) -> state`, which takes over (donates) the state."""
 
     prefill: Callable[..., DecodeState]
     decode: Callable[..., DecodeState]
@@ -132,7 +160,12 @@ class Compiled(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def compiled(
-    cfg: ModelConfig, dtype: Any, capacity: int, top: int | None, mesh: Mesh | None = None
+    cfg: ModelConfig,
+    dtype: Any,
+    capacity: int,
+    top: int | None,
+    mesh: Mesh | None = None,
+    kv_cache: Kind = "compute",
 ) -> Compiled:
     """The two jitted functions for a model; memoised, so that stages, arms and seeds of a process share them.
 
@@ -140,6 +173,7 @@ def compiled(
       dtype: of compute. capacity: N, tokens that a row can draw at most.
       top: None: no log-probs at temperature 1; 0: the drawn token's; k > 0: also those of the k best tokens.
       mesh: rows are spread over its axes data and fsdp; None: the default device.
+      kv_cache: how keys and values are kept, see `models.cache`.
     """
 
     def prefill(
@@ -151,22 +185,10 @@ def compiled(
         cache_length: int,
     ) -> DecodeState:
         TRACES["prefill"] += 1
-        batch = tokens.shape[0]
-        cache = init_cache(cfg, batch, cache_length, dtype)
-        hidden, cache = prefill_model(params, cfg, tokens, lengths, cache, dtype=dtype)
-        state = DecodeState(
-            cache=cache,
-            token=jnp.zeros((batch,), jnp.int32),
-            index=lengths - 1,
-            count=jnp.zeros((batch,), jnp.int32),
-            alive=jnp.asarray(settings.limit) > 0,
-            stopped=jnp.zeros((batch,), bool),
-            tokens=jnp.zeros((batch, capacity), jnp.int32),
-            logps=jnp.zeros((batch, capacity), jnp.float32),
-            raw_logps=None if top is None else jnp.zeros((batch, capacity), jnp.float32),
-            top_ids=jnp.zeros((batch, capacity, top), jnp.int32) if top else None,
-            top_values=jnp.zeros((batch, capacity, top), jnp.float32) if top else None,
-        )
+        cache = init_cache(cfg, tokens.shape[0], cache_length, dtype, kv_cache)
+        hidden, filled = prefill_model(params, cfg, tokens, lengths, cache, dtype=dtype)[:2]
+        state = empty_state(cast(Cache, filled), tokens.shape[0], capacity, top)
+        state = state._replace(index=lengths - 1, alive=jnp.asarray(settings.limit) > 0)
         return emit(logits(params, cfg, hidden), state, settings, eos_ids, top)
 
     def decode(
@@ -176,11 +198,13 @@ def compiled(
         eos_ids: jax.Array,
         keep: jax.Array,
         steps: jax.Array,
+        enough: jax.Array,
     ) -> DecodeState:
         TRACES["decode"] += 1
 
         def go_on(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
-            return (carry[0] < steps) & carry[1].alive.any()
+            done, now = carry
+            return (done < steps) & now.alive.any() & ((~now.alive).sum() < enough)
 
         def step(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
             done, now = carry
@@ -195,10 +219,7 @@ def compiled(
         return Compiled(
             jax.jit(prefill, static_argnames="cache_length"), jax.jit(decode, donate_argnames="state")
         )
-    rows, everywhere = row_sharding(mesh), NamedSharding(mesh, PartitionSpec())
-    state = DecodeState(
-        None, *cast(Any, [rows] * 10)
-    )  # the cache's sharding follows the parameters' and the rows'
+    rows, everywhere, state = row_sharding(mesh), NamedSharding(mesh, PartitionSpec()), state_sharding(mesh)
     return Compiled(
         jax.jit(
             prefill,
@@ -209,7 +230,7 @@ def compiled(
         jax.jit(
             decode,
             donate_argnames="state",
-            in_shardings=(None, state, rows, everywhere, rows, everywhere),
+            in_shardings=(None, state, rows, everywhere, rows, everywhere, everywhere),
             out_shardings=state,
         ),
     )
@@ -235,9 +256,12 @@ class Engine:
         pad_id: int | None = None,
         eos_ids: Sequence[int] | None = None,
         max_length: int | None = None,
+        kv_cache: Kind = "compute",
     ) -> None:
-        """`max_length`: tokens of prompt and output together; None: the model's context."""
+        """`max_length`: tokens of prompt and output together; None: the model's context. `kv_cache`: "int8" keeps keys
+        and values in 8 bits, with a scale per token and head (`models.cache`)."""
         self.cfg = cfg
+        self.kv_cache: Kind = kv_cache
         self.dtype = jnp.dtype(dtype)
         self.pad_id = pad_id or 0  # any token will do: padding is masked by length
         ends = list(cfg.eos_ids if eos_ids is None else eos_ids)
@@ -269,7 +293,8 @@ class Engine:
         chunk: int | None = None,
         halt: Callable[[list[RowOutput]], Sequence[bool]] | None = None,
     ) -> list[RowOutput]:
-        """Generates for one batch of at most `batch_size` rows, padded to exactly that (and to whole devices).
+        """Generates for one batch of at most `batch_size` rows, padded to exactly that (and to whole devices); it is
+        done when its longest row is. For more rows than a batch see `slots.generate_rows`.
 
         Args:
           capacity: tokens that any row may draw; a row's own `limit` may be lower. One compilation per value.
@@ -281,25 +306,27 @@ class Engine:
           ValueError: a row has no tokens, too many, or asks for more than the capacity.
           FloatingPointError: the model's logits are not finite.
         """
-        self._check(rows, capacity, batch_size)
+        if not 0 < len(rows) <= batch_size:
+            raise ValueError(f"{len(rows)} rows for a batch of {batch_size}: give 1 to {batch_size}")
+        self.check(rows, capacity)
         size = -(-batch_size // self.row_multiple) * self.row_multiple
         width = length_bucket(max(len(row.tokens) for row in rows), self.max_length)
         tokens, lengths, settings = spread(self._arrays(rows, size, width), self.mesh)
-        run = compiled(self.cfg, self.dtype, capacity, top, self.mesh)
+        run = compiled(self.cfg, self.dtype, capacity, top, self.mesh, self.kv_cache)
         cache_length = min(width + capacity, self.max_length)
         keep = np.ones((size,), bool)
         step = np.int32(capacity if chunk is None else chunk)
         with using(self.mesh):
             state = run.prefill(self.params, tokens, lengths, settings, self.eos_ids, cache_length)
             while to_host(state.alive).any():
-                state = run.decode(self.params, state, settings, self.eos_ids, spread(keep, self.mesh), step)
+                going = spread(keep, self.mesh)
+                state = run.decode(self.params, state, settings, self.eos_ids, going, step, np.int32(size))
                 if halt is not None:
-                    keep[: len(rows)] &= ~np.asarray(halt(_outputs(state, len(rows))), bool)
-        return _outputs(state, len(rows))
+                    keep[: len(rows)] &= ~np.asarray(halt(outputs(state, range(len(rows)))), bool)
+        return outputs(state, range(len(rows)))
 
-    def _check(self, rows: Sequence[Row], capacity: int, batch_size: int) -> None:
-        if not 0 < len(rows) <= batch_size:
-            raise ValueError(f"{len(rows)} rows for a batch of {batch_size}: give 1 to {batch_size}")
+    def check(self, rows: Sequence[Row], capacity: int) -> None:
+        """Raises ValueError for a row that cannot be generated."""
         for i, row in enumerate(rows):
             if not row.tokens:
                 raise ValueError(f"row {i} has an empty prompt: give at least one token, such as BOS")
@@ -313,18 +340,35 @@ class Engine:
         self, rows: Sequence[Row], size: int, width: int
     ) -> tuple[np.ndarray, np.ndarray, RowSettings]:
         """Right-padded tokens [size, width], lengths [size], settings. Padding rows have length 1 and limit 0."""
+        settings = empty_settings(size, len(rows[0].key))
+        for i, row in enumerate(rows):
+            set_row(settings, i, row)
+        return *self.padded([row.tokens for row in rows], size, width), settings
+
+    def padded(
+        self, prompts: Sequence[Sequence[int]], size: int, width: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Right-padded tokens [size, width] and lengths [size], those of padding rows being 1."""
         tokens = np.full((size, width), self.pad_id, np.int32)
         lengths = np.ones((size,), np.int32)
-        keys = np.zeros((size, len(rows[0].key)), np.uint32)
-        limit = np.zeros((size,), np.int32)
-        temperature = np.zeros((size,), np.float32)
-        top_p = np.ones((size,), np.float32)
-        top_k = np.zeros((size,), np.int32)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row.tokens)] = row.tokens
-            lengths[i], limit[i], keys[i] = len(row.tokens), row.limit, row.key
-            temperature[i], top_p[i], top_k[i] = row.temperature, row.top_p, row.top_k
-        return tokens, lengths, RowSettings(keys, SamplingParams(temperature, top_p, top_k), limit)
+        for i, prompt in enumerate(prompts):
+            tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
+        return tokens, lengths
+
+
+def empty_settings(rows: int, key_width: int) -> RowSettings:
+    """Settings of rows that draw nothing."""
+    numbers = np.zeros((rows,), np.float32), np.ones((rows,), np.float32), np.zeros((rows,), np.int32)
+    keys, limit = np.zeros((rows, key_width), np.uint32), np.zeros((rows,), np.int32)
+    return RowSettings(keys, SamplingParams(*numbers), limit)
+
+
+def set_row(settings: RowSettings, i: int, row: Row) -> None:
+    """Writes what a row asks for into place `i` of settings made by `empty_settings`."""
+    places: Any = (settings.keys, *settings.sampling, settings.limit)
+    values = (row.key, row.temperature, row.top_p, row.top_k, row.limit)
+    for place_of, value in zip(places, values, strict=True):
+        place_of[i] = value
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "dtype"))
@@ -339,22 +383,30 @@ def unstack(params: Any, cfg: ModelConfig, dtype: Any) -> Any:
     return jax.tree_util.tree_map_with_path(convert, unstack_layers(params, cfg))
 
 
-def _outputs(state: DecodeState, rows: int) -> list[RowOutput]:
-    """The first `rows` rows of the state, as plain values."""
+def outputs(state: DecodeState, places: Sequence[int], names: Sequence[int] | None = None) -> list[RowOutput]:
+    """What the rows at these places drew, as plain values.
+
+    Args:
+      names: what an error calls the rows; None: their places.
+
+    Raises:
+      FloatingPointError: the model's logits were not finite.
+    """
     count, stopped, tokens, logps = map(to_host, (state.count, state.stopped, state.tokens, state.logps))
     raw = None if state.raw_logps is None else to_host(state.raw_logps)
     ids = None if state.top_ids is None else to_host(state.top_ids)
     values = None if state.top_values is None else to_host(state.top_values)
-    outputs = []
-    for i in range(rows):
+    found = []
+    for i, name in zip(places, places if names is None else names, strict=True):
         n = int(count[i])
-        if not np.isfinite(logps[i, :n]).all():
+        finite = np.isfinite(logps[i, :n])
+        if not finite.all():
             raise FloatingPointError(
-                f"the model's logits are not finite (row {i}, new token {int(np.argmin(np.isfinite(logps[i, :n])))}): "
-                "the weights or the compute dtype are at fault; try dtype float32, and check the checkpoint's training"
+                f"the model's logits are not finite (row {name}, new token {int(np.argmin(finite))}): the weights or "
+                "the compute dtype are at fault; try dtype float32, and check the checkpoint's training"
             )
         drawn = tokens[i, :n].tolist()
-        outputs.append(
+        found.append(
             RowOutput(
                 tokens=drawn[:-1] if stopped[i] else drawn,
                 logps=logps[i, :n].tolist(),
@@ -365,4 +417,4 @@ def _outputs(state: DecodeState, rows: int) -> list[RowOutput]:
                 top_values=None if values is None else values[i, :n],
             )
         )
-    return outputs
+    return found

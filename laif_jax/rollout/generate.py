@@ -15,6 +15,7 @@ from laif_jax.models.config import ModelConfig
 from laif_jax.records.errors import LaifError
 from laif_jax.rollout.buckets import batch_bucket, plan
 from laif_jax.rollout.engine import Engine, Row, RowOutput
+from laif_jax.rollout.slots import generate_rows
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,10 @@ def generate(
     Sample s of prompt p is drawn with key fold_in(fold_in(key, indices[p]), s): it does not depend on the other
     prompts, their number or `spec.batch_size` (but for the float rounding of differently shaped matrix products).
 
+    In one process, `spec.batch_size` slots are kept busy: a finished row's is given to the next prompt, and a prompt is
+    prefilled once for all of its samples (`laif_jax.rollout.slots`). In several processes batches run one after
+    another, each until its longest row is done: rows and their caches stay on the hosts where they are.
+
     Args:
       params, cfg: a model (stacked layers, as trained).
       prompts: token ids, unpadded. indices: numbers that name the prompts in the random keys; None: 0, 1, 2, ...
@@ -77,7 +82,7 @@ def generate(
       eos_ids: tokens that end a completion; None: the model's.
       max_length: limit of prompt and completion together; None: the model's context. A prompt that leaves room for
         fewer than `spec.max_new_tokens` is completed up to the limit, with finish_reason "length".
-      progress: called with (samples done, samples in all) after every batch.
+      progress: called with (samples done, samples in all) whenever some are done.
       on_long_prompt: for a prompt with no room left: "error", or "truncate": keep its last tokens, so that
         `spec.max_new_tokens` fit (at least half of the context stays with the prompt), and set `prompt_truncated`.
       top_logprobs: how many of the best tokens' log-probs to return per drawn token (static; 0: none).
@@ -91,30 +96,40 @@ def generate(
     """
     if not prompts:
         return []
-    engine = Engine(
-        params, cfg, dtype=dtype, mesh=mesh, pad_id=pad_id, eos_ids=eos_ids, max_length=max_length
-    )
+    options: dict[str, Any] = {"pad_id": pad_id, "eos_ids": eos_ids, "max_length": max_length}
+    engine = Engine(params, cfg, dtype=dtype, mesh=mesh, kv_cache=spec.kv_cache, **options)
     rows, truncated = _rows(engine, prompts, spec, key, indices, on_long_prompt)
-    batch_size = batch_bucket(len(rows), spec.batch_size, engine.row_multiple)
-    outputs: list[RowOutput | None] = [None] * len(rows)
-    done = 0
-    for batch in plan([len(row.tokens) for row in rows], batch_size):
-        results = engine.run(
-            [rows[i] for i in batch],
-            capacity=min(spec.max_new_tokens, engine.max_length - 1),
-            batch_size=batch_size,
-            top=top_logprobs or None,
+    capacity = min(spec.max_new_tokens, engine.max_length - 1)
+    told = None if progress is None else lambda done: progress(done, len(rows))
+    if jax.process_count() == 1:
+        results = generate_rows(
+            engine, rows, slots=spec.batch_size, capacity=capacity, top=top_logprobs or None, progress=told
         )
-        for i, result in zip(batch, results, strict=True):
-            outputs[i] = result
-        done += len(batch)
-        if progress is not None:
-            progress(done, len(rows))
+    else:
+        results = _in_batches(engine, rows, spec.batch_size, capacity, top_logprobs or None, told)
     return [
         _sample(output, *divmod(i, spec.samples), truncated[i // spec.samples])
-        for i, output in enumerate(outputs)
-        if output is not None
+        for i, output in enumerate(results)
     ]
+
+
+def _in_batches(
+    engine: Engine,
+    rows: Sequence[Row],
+    batch_size: int,
+    capacity: int,
+    top: int | None,
+    progress: Callable[[int], None] | None,
+) -> list[RowOutput]:
+    """The plain loop: batch after batch, each until its longest row is done."""
+    size = batch_bucket(len(rows), batch_size, engine.row_multiple)
+    results: dict[int, RowOutput] = {}
+    for batch in plan([len(row.tokens) for row in rows], size):
+        some = [rows[i] for i in batch]
+        results |= zip(batch, engine.run(some, capacity=capacity, batch_size=size, top=top), strict=True)
+        if progress is not None:
+            progress(len(results))
+    return [results[i] for i in range(len(rows))]
 
 
 def _rows(

@@ -12,7 +12,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,10 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from laif_jax.models.arch import ModelConfig
-from laif_jax.models.decoder import decode_step, init_cache, logits, prefill
+from laif_jax.models.cache import Cache, init_cache
+from laif_jax.models.decoder import decode_step, logits, prefill
 from laif_jax.models.reward import for_members
-from laif_jax.rollout.engine import DecodeState, RowSettings, emit, unstack
+from laif_jax.rollout.engine import DecodeState, RowSettings, emit, empty_state, unstack
 from laif_jax.rollout.placement import row_sharding
 from laif_jax.rollout.ppo_heads import (
     by_rows,
@@ -199,20 +200,9 @@ def _prefilled(
     """The state after the prompts were read and each row's first token was drawn."""
     rows, width = prompts.tokens.shape
     cache = init_cache(config.policy, rows, width + config.new_tokens, dtype)
-    hidden, cache = prefill(params, config.policy, prompts.tokens, prompts.lengths, cache, dtype=dtype)
-    state = DecodeState(
-        cache=cache,
-        token=jnp.zeros((rows,), jnp.int32),
-        index=prompts.lengths - 1,
-        count=jnp.zeros((rows,), jnp.int32),
-        alive=prompts.limits > 0,
-        stopped=jnp.zeros((rows,), bool),
-        tokens=jnp.zeros((rows, config.new_tokens), jnp.int32),
-        logps=jnp.zeros((rows, config.new_tokens), jnp.float32),
-        raw_logps=None,
-        top_ids=None,
-        top_values=None,
-    )
+    hidden, filled = prefill(params, config.policy, prompts.tokens, prompts.lengths, cache, dtype=dtype)[:2]
+    state = empty_state(cast(Cache, filled), rows, config.new_tokens, None)
+    state = state._replace(index=prompts.lengths - 1, alive=prompts.limits > 0)
     return emit(logits(params, config.policy, hidden), state, settings, eos_ids, None)
 
 

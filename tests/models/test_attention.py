@@ -17,6 +17,7 @@ from laif_jax.models.attention import (
     naive_attention,
     visibility,
 )
+from laif_jax.models.cache import LayerCache
 from tests.models.goldens import quick_jit
 
 
@@ -106,9 +107,9 @@ def test_blocks_of_any_size_and_any_grouping_equal_the_naive_form_in_gradient(bl
 def test_decoding_equals_the_last_query_of_a_row(window, softcap):
     q, k, v, _ = draw(5, rows=3)
     index = np.array([12, 0, 7], np.int32)
-    cache = [np.swapaxes(x, 1, 2) for x in (k, v)]
+    cache = LayerCache(jnp.moveaxis(k, 1, 3), jnp.swapaxes(v, 1, 2))
     query = q[np.arange(3), index][:, None]
-    out = decode_attention(query, *cache, index, window=window, softcap=softcap, scale=0.4)
+    out = decode_attention(query, cache, index, window=window, softcap=softcap, scale=0.4)
     expected = loops(q, k, v, np.ones(q.shape[:2], int), window, softcap, 0.4)
     np.testing.assert_allclose(np.asarray(out)[:, 0], expected[np.arange(3), index], atol=2e-6)
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from laif_jax.models.cache import init_cache
 from laif_jax.models.decoder import (
     decode_step,
     hidden_states,
-    init_cache,
     init_params,
     logits,
     prefill,

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from laif_jax.config.schema import LoraSpec, MeshSpec
 from laif_jax.models import moe
+from laif_jax.models.cache import init_cache
 from laif_jax.models.config import from_hf, param_specs
 from laif_jax.models.decoder import (
     decode_step,
     hidden_and_load,
     hidden_states,
-    init_cache,
     init_params,
     logits,
     prefill,

@@ -8,11 +8,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from laif_jax.config.schema import ScratchSpec
+from laif_jax.models.cache import init_cache
 from laif_jax.models.config import param_specs, scratch
 from laif_jax.models.decoder import (
     decode_step,
     hidden_states,
-    init_cache,
     init_params,
     logits,
     prefill,

@@ -98,11 +98,13 @@ def test_a_prompt_ignores_its_batch(chosen, batch_size):
 
 
 def test_every_prompt_and_sample_comes_back_in_order_and_samples_differ():
-    rows = prompts(7)  # 21 rows over batches of 4: the last one is short
+    rows = prompts(7)  # 21 rows over 4 slots
     calls = []
     samples = run(rows, spec(samples=3), progress=lambda done, total: calls.append((done, total)))
     assert [(s.prompt_index, s.sample_index) for s in samples] == [(p, s) for p in range(7) for s in range(3)]
-    assert calls == [(4, 21), (8, 21), (12, 21), (16, 21), (20, 21), (21, 21)]
+    assert [done for done, _ in calls] == sorted({done for done, _ in calls})
+    assert calls[-1] == (21, 21)
+    assert len(calls) > 1
     assert len({tuple(s.tokens) for s in samples}) > 14
     assert run([]) == []
 
