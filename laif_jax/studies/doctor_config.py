@@ -77,14 +77,19 @@ def mesh(config: Any, devices: Facts) -> Found:
     axes = dict(zip(AXES, (int(size) for size in sizes)))
     parts = row_parts(AbstractMesh(tuple(axes.values()), tuple(axes)))
     findings = list(_slices(axes, devices))
+    findings += [Finding("slow", "mesh", what, do) for what, do in padding(config, parts)]
+    return {"axes": axes}, findings
+
+
+def padding(config: Any, parts: int) -> Iterator[tuple[str, str]]:
+    """Batches that do not divide over the parts that a mesh splits rows into: (what becomes of them, what to do)."""
     for name, section in _training(config).items():
         rows = section.micro_batch or section.batch_size
         if rows % parts:
             padded = math.ceil(rows / parts) * parts
             key = "micro_batch" if section.micro_batch else "batch_size"
             what = f"`{name}.{key}` {rows} over {parts} parts of the mesh: {padded - rows} of {padded} rows are padding"
-            findings.append(Finding("slow", "mesh", what, f"make it a multiple of {parts}"))
-    return {"axes": axes}, findings
+            yield what, f"make it a multiple of {parts}"
 
 
 def _slices(axes: dict[str, int], devices: Facts) -> Iterator[Finding]:

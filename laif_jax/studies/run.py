@@ -13,7 +13,6 @@ from laif_jax.config.load import expand_arms
 from laif_jax.labeling.critic import load_critic
 from laif_jax.labeling.prices import price_of
 from laif_jax.parallel import distributed
-from laif_jax.parallel.mesh import make_mesh
 from laif_jax.records import check_writable, write_json
 from laif_jax.stages.artifact import StageError
 from laif_jax.stages.context import Services, StudyContext
@@ -22,7 +21,7 @@ from laif_jax.studies.laif import Replicate, build
 from laif_jax.studies.plan import announce, plan_study
 from laif_jax.studies.report import print_results, write_report
 from laif_jax.studies.results import Collected, collect
-from laif_jax.studies.single import run_folder
+from laif_jax.studies.single import check_mesh, run_folder
 from laif_jax.studies.spending import spending
 from laif_jax.training.step import enable_compilation_cache
 
@@ -43,7 +42,7 @@ def run_study(config_path: str, overrides: Sequence[str] = ()) -> int:
     """
     config = load_config(config_path, overrides)
     distributed.initialize()
-    make_mesh(config.mesh)  # a mesh that does not fit these devices would fail every stage that computes
+    check_mesh(config)
     _check_bounds(config)
     # Critics are first used after training, and what is wrong with one should be known before.
     distributed.from_main(lambda: _check_critics(config))

@@ -7,6 +7,7 @@ A command says what is trained, what is told of it, and how that looks (`Command
 import datetime
 import io
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -20,16 +21,18 @@ from rich.table import Table
 
 from laif_jax.config import RunConfig, dump_config, load_config
 from laif_jax.parallel import distributed
-from laif_jax.parallel.mesh import make_mesh
+from laif_jax.parallel.mesh import make_mesh, row_parts
 from laif_jax.records import check_writable, write_json
 from laif_jax.stages import fit
 from laif_jax.stages.artifact import Artifact, StageError, versions
 from laif_jax.stages.context import Context, Services
+from laif_jax.studies.doctor_config import padding
 from laif_jax.studies.plan import Plan, announce
 from laif_jax.studies.report import environment
 from laif_jax.studies.table import printable
 from laif_jax.training.step import enable_compilation_cache
 
+logger = logging.getLogger(__name__)
 Results = Mapping[str, Any]
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -73,7 +76,7 @@ class Command(Generic[Config]):
         """
         config = load_config(config_path, overrides, self.schema)
         distributed.initialize()
-        make_mesh(config.mesh)  # a mesh that does not fit these devices is told before anything is read
+        check_mesh(config)
         enable_compilation_cache()
         root = run_folder(config)
         distributed.from_main(lambda: check_writable(root))
@@ -134,6 +137,15 @@ class Command(Generic[Config]):
         page = root / "report" / "index.html"
         page.write_text(self.page(results, data))
         return page
+
+
+def check_mesh(config: RunConfig) -> None:
+    """Before anything is read or compiled: raises MeshError for a mesh that does not fit these devices, and warns of
+    batches that do not divide over it. Those run, padded with rows of weight 0."""
+    parts = row_parts(make_mesh(config.mesh))
+    if distributed.is_main():
+        for what, do in padding(config, parts):
+            logger.warning("%s; %s", what, do)
 
 
 def run_folder(config: RunConfig) -> epath.Path:

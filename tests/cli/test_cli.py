@@ -1,6 +1,7 @@
 """The command line: verbs, exit statuses, and messages that say what to do."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 
 import laif_jax.cli
-from laif_jax.cli.main import main
+from laif_jax.cli.main import _calm_libtpu, main
 from laif_jax.models import fetch
 from laif_jax.models.model import load_model
+from laif_jax.studies.single import check_mesh
 from tests.studies import tiny
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
@@ -128,6 +130,38 @@ def test_a_mesh_that_does_not_fit_is_found_before_anything_runs(tmp_path, capsys
     assert tiny.run(tmp_path, "mesh.data=3") == 2
     assert "mesh data=3" in said(capsys)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_batch_that_does_not_divide_over_the_mesh_is_told_with_the_numbers(tmp_path, caplog):
+    check_mesh(tiny.config(tmp_path, sft={**tiny.TREE["sft"], "batch_size": 6}))
+    (warning,) = caplog.messages
+    assert "`sft.batch_size` 6 over 4 parts of the mesh: 2 of 8 rows are padding" in warning
+    assert "make it a multiple of 4" in warning
+
+
+def test_libtpu_without_a_tpu_is_told_so_and_one_with_its_chips_is_left_alone(tmp_path, monkeypatch):
+    names = ("TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE", "TPU_SKIP_MDS_QUERY")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    (tmp_path / "accel0").touch()
+    _calm_libtpu(tmp_path)
+    assert not set(names) & set(os.environ)
+    (tmp_path / "accel0").unlink()
+    _calm_libtpu(tmp_path)
+    assert os.environ["TPU_WORKER_HOSTNAMES"] == "localhost"
+    assert set(names) <= set(os.environ)
+
+
+def test_a_command_is_quiet_where_libtpu_has_no_tpu():
+    """Without JAX_PLATFORMS, as on a laptop: JAX tries libtpu and goes on with the CPU, at once and without a word."""
+    pytest.importorskip("libtpu")
+    code = "from laif_jax.cli.main import _calm_libtpu as f; f(); import jax; print(jax.default_backend())"
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "TPU_"))}
+    done = subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "tpu" not in done.stdout
+    assert done.stderr == ""
 
 
 def test_a_traceback_for_those_who_want_it():
