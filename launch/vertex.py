@@ -16,8 +16,8 @@
 
 Behind `--` stands what `laif` is to do. The run is written to gs://BUCKET/NAME/logs, the folder that Vertex AI's
 TensorBoard reads; a job of the same name goes on where the last one stopped. `--dry-run` prints the request as JSON; it
-needs neither an account nor the packages. It has an environment of its own (uv makes it): google-cloud-aiplatform asks
-for versions of google-genai and python-dateutil that are older than the project's.
+needs neither an account nor the packages. uv makes an environment for it; one with the `gcp` extra of laif_jax has the
+packages too.
 """
 
 import argparse
