@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from laif_jax.cli import doctor, label
+from laif_jax.cli import doctor, label, sweep
 from laif_jax.labeling.access import add_access
 from laif_jax.records import LaifError
 
@@ -226,6 +226,8 @@ def _parser() -> argparse.ArgumentParser:
         )
 
     with_config(verb("run", _run, "run a study to its report; finished stages are not run again"))
+    many = "run many settings of a study; what they share runs once, what trains alike trains together"
+    sweep.add_arguments(verb("sweep", sweep.sweep, many))
     with_config(verb("reward", _reward, "train and measure a reward model on files of pairs"))
     with_config(verb("ppo", _ppo, "train a policy by reinforcement learning on given rewards"))
     inspect = verb("inspect", _inspect, "print real training batches, tokens coloured by loss weight")

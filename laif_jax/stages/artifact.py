@@ -12,6 +12,7 @@ import platform
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from importlib import metadata
 from typing import Any
 
@@ -30,6 +31,17 @@ FORMAT = 1
 
 class StageError(LaifError, RuntimeError):
     """A stage cannot go on; the message says why and what to do. What was finished before stays."""
+
+
+class Peeked(Exception):
+    """What `peek` was to find out: a stage's kind, folder and whether it is finished. It is not run."""
+
+    def __init__(self, kind: str, folder: epath.Path, finished: bool):
+        super().__init__(kind)
+        self.kind, self.folder, self.finished = kind, folder, finished
+
+
+_PEEKS: ContextVar[bool] = ContextVar("peeks", default=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +72,20 @@ def stage_key(kind: str, settings: Mapping[str, Any], inputs: Mapping[str, Artif
     )
 
 
+def peek(run: Callable[[], Any]) -> Peeked | None:
+    """The stage that `run` would enter, without running it; None if it does not get that far."""
+    token = _PEEKS.set(True)
+    try:
+        run()
+    except Peeked as found:
+        return found
+    except LaifError as error:  # running it will say the same, where it is looked at
+        logger.debug("%s", error)
+    finally:
+        _PEEKS.reset(token)
+    return None
+
+
 def run_stage(
     kind: str,
     settings: Mapping[str, Any],
@@ -87,6 +113,8 @@ def run_stage(
     folder = root / f"{kind}-{key}"
     manifest_path = folder / "manifest.json"
     finished = _read_manifest(manifest_path)
+    if _PEEKS.get():
+        raise Peeked(kind, folder, finished is not None and finished["status"] == "done")
     if distributed.broadcast_json(finished is not None and finished["status"] == "done"):
         logger.info("%s-%s: finished earlier, not run again", kind, key)
         return Artifact(folder, finished or json.loads(manifest_path.read_text()))

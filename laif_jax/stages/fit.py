@@ -19,6 +19,7 @@ from laif_jax.parallel.rules import param_shardings
 from laif_jax.records import Prompt
 from laif_jax.stages.context import Context
 from laif_jax.stages.table import SampleTable
+from laif_jax.training import together
 from laif_jax.training.loop import train
 from laif_jax.training.optim import make_optimizer, optimizer_hyper
 from laif_jax.training.reference import ReferenceLogps, reference_logps
@@ -106,7 +107,8 @@ def fit(
         other = _state(ctx, load(ctx, reference_folder), optimizer)
         reference, _ = _reference(ctx, folder, task, other, optimizer, spec, batches, pairs)
     state = _state(ctx, model, optimizer)
-    if pairs is not None and task.has_reference and reference is None:
+    starts_at_reference = pairs is not None and task.has_reference and reference is None
+    if pairs is not None and starts_at_reference and not together.joined():
         reference, state = _reference(ctx, folder, task, state, optimizer, spec, batches, pairs)
     table = None
     if spec.sample_every and shown and sampling:
@@ -124,6 +126,7 @@ def fit(
         callback_every=spec.sample_every,
         wandb={"project": ctx.config.wandb, "name": f"{title}-{folder.name}"} if ctx.config.wandb else None,
         title=title,
+        own_reference=pairs if starts_at_reference and reference is None else None,
     )
     trained = Model(model.cfg, result.state.params, model.tokenizer)
     save_model(folder / MODEL, trained, dtype=jnp.dtype(options.save_dtype))

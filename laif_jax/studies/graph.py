@@ -68,21 +68,29 @@ def execute(
     for index, node in enumerate(nodes):
         if on_progress:
             on_progress(index, len(nodes), node, None)
-        outcomes[node] = _run(node, outcomes)
+        outcomes[node] = run_node(node, outcomes)
         if on_progress:
             on_progress(index, len(nodes), node, outcomes[node])
     return outcomes
 
 
-def _run(node: Node, outcomes: Mapping[Node, Outcome]) -> Outcome:
-    broken = [dependency.name for dependency in node.inputs.values() if outcomes[dependency].artifact is None]
-    if broken:
-        return Outcome(None, f"skipped: it needs `{broken[0]}`, which did not finish")
-    inputs = {name: outcomes[dependency].artifact for name, dependency in node.inputs.items()}
+def broken(node: Node, outcomes: Mapping[Node, Outcome]) -> list[str]:
+    """The names of a node's inputs that did not finish."""
+    return [dependency.name for dependency in node.inputs.values() if outcomes[dependency].artifact is None]
+
+
+def given(node: Node, outcomes: Mapping[Node, Outcome]) -> dict[str, Artifact]:
+    """The artifacts of a node's inputs, by name."""
+    found = {name: outcomes[dependency].artifact for name, dependency in node.inputs.items()}
+    return {name: artifact for name, artifact in found.items() if artifact is not None}
+
+
+def run_node(node: Node, outcomes: Mapping[Node, Outcome]) -> Outcome:
+    """Runs a node whose inputs have been run; it is skipped if one of them did not finish."""
+    if names := broken(node, outcomes):
+        return Outcome(None, f"skipped: it needs `{names[0]}`, which did not finish")
     try:
-        return Outcome(
-            node.run({name: artifact for name, artifact in inputs.items() if artifact is not None})
-        )
+        return Outcome(node.run(given(node, outcomes)))
     # A critic or a model that is not there is a LabelError, and a DistributedError in the processes other than 0.
     except (StageError, LabelError, DistributedError) as error:
         logger.error("%s failed: %s", node.name, error)

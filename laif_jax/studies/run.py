@@ -3,7 +3,7 @@
 import datetime
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -18,7 +18,7 @@ from laif_jax.stages.artifact import StageError
 from laif_jax.stages.context import Services, StudyContext
 from laif_jax.studies.graph import Node, Outcome, execute
 from laif_jax.studies.laif import Replicate, build
-from laif_jax.studies.plan import announce, plan_study
+from laif_jax.studies.plan import Plan, announce, plan_study
 from laif_jax.studies.report import print_results, write_report
 from laif_jax.studies.results import Collected, collect
 from laif_jax.studies.single import check_mesh, run_folder
@@ -42,10 +42,7 @@ def run_study(config_path: str, overrides: Sequence[str] = ()) -> int:
     """
     config = load_config(config_path, overrides)
     distributed.initialize()
-    check_mesh(config)
-    _check_bounds(config)
-    # Critics are first used after training, and what is wrong with one should be known before.
-    distributed.from_main(lambda: _check_critics(config))
+    check_study(config)
     enable_compilation_cache()
     root, plan = run_folder(config), None
     distributed.from_main(lambda: check_writable(root))
@@ -57,17 +54,39 @@ def run_study(config_path: str, overrides: Sequence[str] = ()) -> int:
             build(StudyContext(config=config, root=root, seed=config.seed + index, services=services))
             for index in range(config.seeds)
         ]
-        outcomes = execute(_targets(replicates), on_progress=_log_progress)
-    failed = any(outcome.artifact is None for outcome in outcomes.values())
+        outcomes = execute(targets_of(replicates), on_progress=_log_progress)
     if distributed.is_main():
-        collected = collect(config, config_path, replicates, outcomes)
-        collected.results["spending"] = spending(config, plan, services.store)
-        kept = {"curves": collected.curves, "samples": collected.samples, "figures": collected.figures}
-        write_json(root / "report" / "data.json", kept)
-        write_json(root / "results.json", collected.results)
-        page = _write_page(root, collected)
-        print_results(collected.results, {"results": root / "results.json", "report": page})
-    return 1 if failed else 0
+        results = write_results(root, config, config_path, replicates, outcomes, plan, services)
+        files = {"results": root / "results.json", "report": root / "report" / "index.html"}
+        print_results(results, files)
+    return 1 if any(outcome.artifact is None for outcome in outcomes.values()) else 0
+
+
+def write_results(
+    folder: epath.Path,
+    config: StudyConfig,
+    config_path: str,
+    replicates: Sequence[Replicate],
+    outcomes: Mapping[Node, Outcome],
+    plan: Plan | None,
+    services: Services,
+) -> dict[str, Any]:
+    """Writes `results.json` and `report/` of a study whose stages have been run; returns the results."""
+    collected = collect(config, config_path, replicates, outcomes)
+    collected.results["spending"] = spending(config, plan, services.store)
+    kept = {"curves": collected.curves, "samples": collected.samples, "figures": collected.figures}
+    write_json(folder / "report" / "data.json", kept)
+    write_json(folder / "results.json", collected.results)
+    _write_page(folder, collected)
+    return collected.results
+
+
+def check_study(config: StudyConfig) -> None:
+    """Raises ConfigError, CriticError or MeshError for a mistake that would else be found in the middle of a study."""
+    check_mesh(config)
+    _check_bounds(config)
+    # Critics are first used after training, and what is wrong with one should be known before.
+    distributed.from_main(lambda: _check_critics(config))
 
 
 def _check_bounds(config: StudyConfig) -> None:
@@ -112,7 +131,7 @@ def rebuild_report(folder: str) -> epath.Path:
     return _write_page(root, Collected(results, data["curves"], data["samples"], data.get("figures") or {}))
 
 
-def _targets(replicates: Sequence[Replicate]) -> list[Node]:
+def targets_of(replicates: Sequence[Replicate]) -> list[Node]:
     # The judge's agreement first: it is cheap, and a judge that cannot be reached is found before anything is trained.
     checks = [replicate.agreement for replicate in replicates[:1] if replicate.agreement]
     return checks + [node for replicate in replicates for node in replicate.targets()]

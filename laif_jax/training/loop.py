@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from laif_jax.config.schema import TrainSpec
 from laif_jax.parallel import batch_shardings, preemption
+from laif_jax.training import together
 from laif_jax.training.checkpoint import Keep
 from laif_jax.training.feed import (
     Batches,
@@ -73,8 +74,12 @@ def train(
     wandb: Mapping[str, Any] | None = None,
     title: str = "train",
     progress: bool = True,
+    own_reference: int | None = None,
 ) -> TrainResult:
     """Trains to the end, from the newest checkpoint in `out_dir` if there is one.
+
+    Inside of a `together.Meeting` the run trains in one compiled step with the others that are alike, and leaves the
+    same files.
 
     Args:
       task: the loss function (`sft_task`, `preference_task`); its `numbers` are passed to every step as traced scalars.
@@ -87,6 +92,8 @@ def train(
       callback: called with (step, state) every `callback_every` steps and after the last, for tables of samples. It
         must not keep the state, which the next step donates. A text that it returns goes to TensorBoard.
       wandb: arguments of `wandb.init`, or None. progress: False shows none (where another display is live).
+      own_reference: in a meeting only, instead of `reference`: the number of pairs whose reference is `state` as given;
+        the meeting computes it by the program that trains.
 
     Returns:
       TrainResult.
@@ -100,6 +107,13 @@ def train(
     if not total:
         raise ValueError("how long to train is not known: give `steps` or an iterator with `total_steps`")
     run = _Run(task, batches, spec, out_dir, mesh, int(total), optimizer, reference, wandb, title)
+    meeting = together.joined()
+    if meeting is not None:
+        member = together.Member(run, state, callback, callback_every, own_reference, progress)
+        state, resumed = meeting.train(member)
+        return TrainResult(state, run.history, resumed)
+    if own_reference is not None:
+        raise ValueError("`own_reference` is for a run in a meeting; alone, give `reference`")
     with run.closing():
         state, resumed = run.resume(state)
         with run.showing(int(total), resumed, enabled=progress):
@@ -133,6 +147,7 @@ class _Run(Recorder):
         self.rate = schedule(spec.optimizer, total)
         self.step_fn: Any = None
         self.flops = 0.0
+        self.fetch: Callable[[list[Any]], list[dict[str, Any]]] = _fetch
 
     # ---- start ----
 
@@ -152,11 +167,30 @@ class _Run(Recorder):
     # ---- steps ----
 
     def steps(self, state: TrainState, first: int, callback: Callback | None, every: int) -> TrainState:
-        """Runs from step `first` to the end. The host reads metrics only every `log_every` steps."""
+        """Runs from step `first` to the end."""
+        now = [state]
+        course = self.course(lambda: now[0], first, callback, every)
+        metrics: Any = None
+        while (batch := together.advance(course, metrics)) is not None:
+            now[0], metrics = self._dispatch(now[0], batch)
+        return now[0]
+
+    def course(
+        self, state: Callable[[], TrainState], first: int, callback: Callback | None, every: int
+    ) -> Generator[dict[str, np.ndarray], Any, None]:
+        """All that a run does around its steps, from step `first` to the end. It yields the batch of each step, for
+        which `self.hyper` is set, and is sent the step's metrics, which `self.fetch` reads.
+
+        The host reads metrics only every `log_every` steps.
+
+        Args:
+          state: gives the state after the steps whose metrics were sent.
+        """
         pending = _Pending(self.batches.get_state())
         for step in range(first + 1, self.total + 1):
             batch = self._next(step)
-            state, metrics = self._dispatch(state, batch, step)
+            self.hyper["learning_rate"] = np.asarray(self.rate(step - 1), np.float32)
+            metrics = yield batch
             pending.steps.append((step, metrics, batch))
             last = step == self.total
             stop = preemption.reached() and not last
@@ -165,16 +199,15 @@ class _Run(Recorder):
             if last or save or call or step == 1 or step % self.spec.log_every == 0:
                 pending = self._collect(state, pending)
             if stop:
-                self.stop(state, self._extra(pending.data_state))
+                self.stop(state(), self._extra(pending.data_state))
             if save:
-                self.save(state, self._extra(pending.data_state), wait=last)
+                self.save(state(), self._extra(pending.data_state), wait=last)
                 pending.started = time.perf_counter()  # a save is not training time
             if call and callback is not None:
-                text = callback(step, state)
+                text = callback(step, state())
                 if text:
                     self.writer.text("samples", text, step)
                 pending.started = time.perf_counter()
-        return state
 
     def _next(self, step: int) -> dict[str, np.ndarray]:
         try:
@@ -188,9 +221,7 @@ class _Run(Recorder):
         check_batch(batch, step)
         return batch
 
-    def _dispatch(
-        self, state: TrainState, batch: dict[str, np.ndarray], step: int
-    ) -> tuple[TrainState, dict[str, Any]]:
+    def _dispatch(self, state: TrainState, batch: dict[str, np.ndarray]) -> tuple[TrainState, dict[str, Any]]:
         arrays = to_device(batch, self.mesh)
         if self.step_fn is None:
             self.step_fn = make_train_step(
@@ -200,22 +231,19 @@ class _Run(Recorder):
                 state_shardings=state_shardings(state),
                 batch_shardings=batch_shardings(arrays, self.mesh),
             )
-        self.hyper["learning_rate"] = np.asarray(self.rate(step - 1), np.float32)
         return self.step_fn(state, arrays, self.hyper)
 
     # ---- reading metrics ----
 
-    def _collect(self, state: TrainState, pending: _Pending) -> _Pending:
+    def _collect(self, state: Callable[[], TrainState], pending: _Pending) -> _Pending:
         """Reads the metrics of the dispatched steps, writes them, and stops the run if one of them went wrong."""
-        fetched = jax.device_get(
-            [{k: v for k, v in metrics.items() if k != "outputs"} for _, metrics, _ in pending.steps]
-        )
+        fetched = self.fetch([metrics for _, metrics, _ in pending.steps])
         seconds = time.perf_counter() - pending.started
         rows = []
         for (step, _, batch), values in zip(pending.steps, fetched):
             if not values["healthy"]:
                 self.writer.write(rows)
-                self._refuse(state, pending, step, values, batch)
+                self._refuse(state(), pending, step, values, batch)
             rows.append(self._row(step, values))
             if step == 1 and hasattr(self.task, "check_first_step"):
                 self.task.check_first_step(rows[-1])
@@ -271,3 +299,8 @@ class _Run(Recorder):
             f"at learning rate {float(values['learning_rate']):.3g}.{which} {saved}; lower `optimizer.learning_rate`, "
             "lengthen `optimizer.warmup`, or look at these examples with `laif inspect`, then start the command again"
         )
+
+
+def _fetch(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The metrics of steps on the host, without their outputs."""
+    return jax.device_get([{k: v for k, v in row.items() if k != "outputs"} for row in metrics])

@@ -93,49 +93,10 @@ def _compiled_step(
 ) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     shardings: TrainState = jax.tree.unflatten(treedef, leaves)
     replicated = NamedSharding(mesh, PartitionSpec())
-    run = optax.with_extra_args_support(optimizer)
 
     def step(state: TrainState, batch: Any, hyper: Any) -> tuple[TrainState, dict[str, Any]]:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # what `constrain` lays activations over
-            return update(state, batch, hyper)
-
-    def update(state: TrainState, batch: Any, hyper: Any) -> tuple[TrainState, dict[str, Any]]:
-        grads, sums, outputs = _accumulate(loss_fn, state, batch, hyper, shardings.trainable)
-        total, weight, sums = sums
-        scale = 1.0 / jnp.where(weight > 0, weight, 1.0)
-        grads = jax.tree.map(lambda g: g * _leading(scale, g), grads)
-        norm = _norms(grads) if total.ndim else optax.global_norm(grads)
-        loss = total * scale
-        healthy = state.healthy & jnp.all(jnp.isfinite(loss) & jnp.isfinite(norm) & (weight > 0))
-        clip = hyper.get("clip_norm", jnp.inf)
-        shrink = jnp.where(norm > clip, clip / norm, 1.0)
-        clipped = jax.tree.map(lambda g: g * _leading(shrink, g), grads)
-        updates, opt_state = run.update(
-            clipped,
-            state.opt_state,
-            state.trainable,
-            learning_rate=hyper["learning_rate"],
-            weight_decay=hyper.get("weight_decay", 0.0),
-        )
-        new = (state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
-        old = (state.step, state.trainable, state.opt_state)
-        count, trainable, opt_state = jax.tree.map(lambda n, o: jnp.where(healthy, n, o), new, old)
-        metrics = {name: value / count_of for name, (value, count_of) in sums.items()}
-        metrics |= {
-            "loss": loss,
-            "grad_norm": norm,
-            "learning_rate": hyper["learning_rate"],
-            "weight": weight,
-        }
-        metrics = {
-            name: jnp.mean(value) for name, value in metrics.items()
-        }  # over members, if there are several
-        metrics["healthy"] = healthy.astype(jnp.float32)
-        if "segment_ids" in batch:
-            metrics["num_tokens"] = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
-        if outputs:
-            metrics["outputs"] = outputs
-        return TrainState(count, trainable, state.frozen, opt_state, healthy), metrics
+            return apply_step(loss_fn, optimizer, state, batch, hyper, shardings.trainable)
 
     jitted = jax.jit(
         step,
@@ -144,6 +105,56 @@ def _compiled_step(
         donate_argnums=(0,),
     )
     return prepared(jitted, mesh)
+
+
+def apply_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batch: Any,
+    hyper: Any,
+    shardings: Any = None,
+) -> tuple[TrainState, dict[str, Any]]:
+    """One update, as `make_train_step` describes it, inside of a jitted function.
+
+    Args:
+      shardings: of `state.trainable`; None: gradients are left where the compiler puts them.
+    """
+    run = optax.with_extra_args_support(optimizer)
+    grads, sums, outputs = _accumulate(loss_fn, state, batch, hyper, shardings)
+    total, weight, sums = sums
+    scale = 1.0 / jnp.where(weight > 0, weight, 1.0)
+    grads = jax.tree.map(lambda g: g * _leading(scale, g), grads)
+    norm = _norms(grads) if total.ndim else optax.global_norm(grads)
+    loss = total * scale
+    healthy = state.healthy & jnp.all(jnp.isfinite(loss) & jnp.isfinite(norm) & (weight > 0))
+    clip = hyper.get("clip_norm", jnp.inf)
+    shrink = jnp.where(norm > clip, clip / norm, 1.0)
+    clipped = jax.tree.map(lambda g: g * _leading(shrink, g), grads)
+    updates, opt_state = run.update(
+        clipped,
+        state.opt_state,
+        state.trainable,
+        learning_rate=hyper["learning_rate"],
+        weight_decay=hyper.get("weight_decay", 0.0),
+    )
+    new = (state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
+    old = (state.step, state.trainable, state.opt_state)
+    count, trainable, opt_state = jax.tree.map(lambda n, o: jnp.where(healthy, n, o), new, old)
+    metrics = {name: value / count_of for name, (value, count_of) in sums.items()}
+    metrics |= {
+        "loss": loss,
+        "grad_norm": norm,
+        "learning_rate": hyper["learning_rate"],
+        "weight": weight,
+    }
+    metrics = {name: jnp.mean(value) for name, value in metrics.items()}  # over members, if there are several
+    metrics["healthy"] = healthy.astype(jnp.float32)
+    if "segment_ids" in batch:
+        metrics["num_tokens"] = jnp.sum(batch["segment_ids"] > 0).astype(jnp.float32)
+    if outputs:
+        metrics["outputs"] = outputs
+    return TrainState(count, trainable, state.frozen, opt_state, healthy), metrics
 
 
 def _leading(x: jax.Array, like: jax.Array) -> jax.Array:
@@ -166,7 +177,10 @@ def _accumulate(
     """
     leaves = jax.tree.leaves(shardings)
     explicit = bool(leaves) and AxisType.Explicit in leaves[0].mesh.axis_types
-    lay = jax.reshard if explicit else jax.lax.with_sharding_constraint
+    constrained = jax.reshard if explicit else jax.lax.with_sharding_constraint
+
+    def lay(tree: Any, shardings: Any) -> Any:
+        return tree if shardings is None else constrained(tree, shardings)
 
     def loss(trainable: Any, micro: Any) -> tuple[jax.Array, tuple[LossOut, dict[str, jax.Array]]]:
         out = loss_fn(merge(trainable, state.frozen), micro, hyper)
