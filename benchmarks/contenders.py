@@ -84,7 +84,7 @@ class Contender:
         self.ready = self._read() | {"ready_seconds": time.monotonic() - begin}
 
     def passes(self, count: int) -> dict[str, float]:
-        """Seconds of `count` passes over the work, and of its parts where the contender tells them."""
+        """Seconds of `count` passes over the work (-1: of one step), and of its parts where it tells them."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{count}\n")
         self._process.stdin.flush()

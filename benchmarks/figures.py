@@ -16,6 +16,8 @@ def contender_figures(
 
     Args:
       machine: `flops` per second of the machine. ran: {cold, turns, peak_bytes} and, after two starts, `warm`.
+
+    `compile_seconds` is what the first two steps and the passes before the measured ones took beyond the usual time.
     """
     turns = ran["turns"]
     median = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
@@ -33,8 +35,9 @@ def contender_figures(
         if start in ran:
             ready = ran[start]
             figures |= {f"{name}{suffix}": round(value, 3) for name, value in ready.items()}
-            compiling = max(0.0, ready["first_step_seconds"] - seconds / steps)
-            figures[f"compile_seconds{suffix}"] = round(compiling, 3)
+            spent = ready["first_step_seconds"] + ready["warmup_seconds"]
+            counted = 2 + steps * options.warmups
+            figures[f"compile_seconds{suffix}"] = round(max(0.0, spent - counted * seconds / steps), 3)
     return figures
 
 

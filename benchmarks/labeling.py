@@ -259,6 +259,7 @@ def measure_rows(options: argparse.Namespace) -> dict[str, Any]:
         large = asyncio.run(run(folder, Planted(options.rows), endpoint, options.latency))
         print(f"{options.rows:,} rows: {large}", file=sys.stderr)
         kept = {name: large[name] for name in ("rss_mb", "rss_growth_mb")}
+        kept["rows_seconds"] = round(options.rows / large["throughput"], 3)
         return kept | measure_open(folder, f"bench-{options.rows}"[:16]) | {"rows": options.rows}
 
 

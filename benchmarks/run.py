@@ -59,7 +59,7 @@ def compare(task: str, options: argparse.Namespace, before: dict[str, Any]) -> t
 def _compile_options(options: argparse.Namespace) -> argparse.Namespace:
     """A small batch, so that the first step is its compilation; the turns only tell a step's own time."""
     sizes = COMPILED | {"layers": options.layers or COMPILED["layers"]}
-    changed = vars(options) | sizes | {"lengths": "full", "starts": 2}
+    changed = vars(options) | sizes | {"lengths": "full", "starts": 2, "warmups": 0}
     changed["shape"] = dataclasses.replace(options.shape, layers=sizes["layers"])
     return argparse.Namespace(**changed)
 
@@ -80,20 +80,22 @@ def _write_job(task: str, rows: Any, options: argparse.Namespace, folder: Path) 
 def _take_turns(
     start: dict[str, tuple[Path, Path]], job: Path, folder: Path, options: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
-    """Name -> {cold, warm: what it told when it was ready, turns, peak_bytes}; `warm` is missing of one start."""
+    """Name -> {cold, warm: what it told at its starts, turns, peak_bytes}; `warm` is missing of one start."""
     begin = time.monotonic()
     ran: dict[str, dict[str, Any]] = {name: {"turns": []} for name in start}
     running: dict[str, Contender] = {}
     try:
         for name, (python, script) in start.items():
-            running[name] = Contender(name, python, script, job, folder)
-            ran[name]["cold"] = running[name].ready
-            if options.starts == 2:  # again, with a full compilation cache; this one is measured
-                running[name].end()
+            for state in ("cold", "warm")[
+                : options.starts
+            ]:  # of the compilation cache; the last one is measured
+                if name in running:
+                    running[name].end()
                 running[name] = Contender(name, python, script, job, folder)
-                ran[name]["warm"] = running[name].ready
-            if options.warmups:
-                running[name].passes(options.warmups)
+                ran[name][state] = running[name].ready
+                # A contender may compile once more after its first step, when its state comes out laid otherwise.
+                before = [running[name].passes(count) for count in (-1, *[1] * options.warmups)]
+                ran[name][state] |= {"warmup_seconds": sum(told["seconds"] for told in before)}
         for turn in range(options.repeats):
             since = time.monotonic()
             for name, contender in running.items():
@@ -180,7 +182,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--starts", type=int, choices=(1, 2), default=2, help="2: with an empty and a full compilation cache"
     )
-    parser.add_argument("--warmups", type=int, default=1, help="passes before those that are measured")
+    parser.add_argument(
+        "--warmups", type=int, default=1, help="passes (after two steps) before those that are measured"
+    )
     parser.add_argument(
         "--minutes", type=float, default=0, help="fewer turns, but two, if a task takes longer"
     )

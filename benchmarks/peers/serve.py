@@ -1,7 +1,8 @@
 """What every contender of a side-by-side run speaks: it builds, runs one step, and then blocks when told to.
 
 Standard library only: it is imported in each contender's own environment. The harness starts `python CONTENDER
-JOB.json` and reads JSON lines; it writes how many passes over the work the next block has, or 0 for the end.
+JOB.json` and reads JSON lines; it writes how many passes over the work the next block has, -1 for one step,
+or 0 for the end.
 """
 
 import contextlib
@@ -30,16 +31,16 @@ def serve(build: Callable[[dict[str, Any]], Block], peak_bytes: Callable[[], int
         job = json.load(file)
     begin = time.perf_counter()
     block = build(job)
-    built = time.perf_counter()
+    built, cpu = time.perf_counter(), time.process_time()
     block(0)
-    first = time.perf_counter()
-    say(setup_seconds=built - begin, first_step_seconds=first - built)
+    first, cpu = time.perf_counter(), time.process_time() - cpu
+    say(setup_seconds=built - begin, first_step_seconds=first - built, first_step_cpu_seconds=cpu)
     for line in sys.stdin:
         passes = int(line)
         if passes == 0:
             break
         start, cpu = time.perf_counter(), time.process_time()
-        parts = block(passes) or {}
+        parts = block(max(0, passes)) or {}
         say(seconds=time.perf_counter() - start, cpu_seconds=time.process_time() - cpu, **parts)
     say(peak_bytes=peak_bytes() if peak_bytes else _resident_peak())
     answers.flush()
