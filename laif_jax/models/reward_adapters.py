@@ -16,7 +16,7 @@ from laif_jax.models.arch import ModelConfig
 from laif_jax.models.decoder import Params
 from laif_jax.models.reward import ADAPTERS, FORMAT, RewardModel
 from laif_jax.models.safetensors import DTYPES, SafetensorsFile, write_file
-from laif_jax.models.weights import WeightsError
+from laif_jax.models.weights import WeightsError, part_on_host
 from laif_jax.parallel.distributed import gather_to_host
 
 _TENSORS, _ABOUT = "adapters.safetensors", "adapters.json"
@@ -96,8 +96,9 @@ def save_adapters(folder: epath.PathLike, model: RewardModel) -> None:
             parts["/".join(path)] = np.asarray(gather_to_host(leaf), np.float32)
     rows = [model.end_of_context] if model.end_of_context in model.added else []
     if rows:
-        table = gather_to_host(flat["embed", "embedding"])
-        parts["/".join(_ROWS)] = np.asarray(table[np.asarray(rows)], np.float32)
+        # Row by row: the table of a large vocabulary is gigabytes.
+        table = [part_on_host(flat["embed", "embedding"], (row,)) for row in rows]
+        parts["/".join(_ROWS)] = np.asarray(table, np.float32)
     if jax.process_index() != 0:
         return
     root.mkdir(parents=True, exist_ok=True)

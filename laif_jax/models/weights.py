@@ -18,7 +18,15 @@ from laif_jax.models.arch import ModelConfig
 from laif_jax.models.names import LeafPlan, Path, Slices, WeightsError
 from laif_jax.models.safetensors import DTYPES, SafetensorsFile, is_local, write_file
 
-__all__ = ["Checkpoint", "WeightsError", "load_params", "place", "save_params", "write_folder"]
+__all__ = [
+    "Checkpoint",
+    "WeightsError",
+    "load_params",
+    "part_on_host",
+    "place",
+    "save_params",
+    "write_folder",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -174,9 +182,9 @@ def _host(value: Any) -> np.ndarray:
     return np.asarray(value)
 
 
-def _part(array: Any, place: tuple[int, ...]) -> np.ndarray:
-    """`array[place]` on this host: one layer of a stacked leaf, or one expert of a layer. No more than that leaves the
-    devices, and one compiled program serves all places."""
+def part_on_host(array: Any, place: tuple[int, ...]) -> np.ndarray:
+    """`array[place]` on this host: one layer of a stacked leaf, one expert of a layer, or one row of a table. No more
+    than that leaves the devices, and one compiled program serves all places. On several hosts all must enter it."""
     if not isinstance(array, jax.Array) or not place:
         return _host(array[place])
     sharding = array.sharding
@@ -313,7 +321,7 @@ def save_params(
 
     def value(parts: list[tuple[LeafPlan, int]]) -> np.ndarray:
         def leaf(plan: LeafPlan, number: int) -> np.ndarray:
-            return _part(flat[plan.path], plan.place(number))
+            return part_on_host(flat[plan.path], plan.place(number))
 
         return names.tensor_value(parts, leaf).astype(dtype_of(parts), copy=False)
 

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from laif_jax import parallel
+from laif_jax.models.weights import load_params
 from laif_jax.parallel.distributed import _explicit_settings, _in_cluster
 from tests.parallel import stages
 from tests.parallel.worker import completions, preference_metrics
@@ -48,8 +50,13 @@ def compile_quickly():
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
-    port, out = free_port(), str(tmp_path_factory.mktemp("ppo"))
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ppo")
+
+
+@pytest.fixture(scope="module")
+def seen(folder):
+    port, out = free_port(), str(folder)
     processes = [start(2, index, port, ["-m", "tests.parallel.worker", out]) for index in range(2)]
     results = []
     try:
@@ -117,6 +124,16 @@ def test_ppo_draws_scores_and_learns_as_on_one_device(seen, tmp_path):
     for result in seen:
         for here, there in zip(result["stages"]["ppo"], alone, strict=True):
             assert here == pytest.approx(there, rel=1e-4, abs=2e-5)
+
+
+def test_processes_export_one_model_and_each_reads_its_part_again(seen, folder):
+    for result in seen:
+        assert result["weights"]["same"]
+        assert 0.5 <= result["weights"]["read"] < 0.6  # norms are whole on every device
+    cfg = stages.mixtral()
+    alone, written = stages.born(cfg, small.mesh()), load_params(folder / "exported", cfg)
+    for ours, theirs in zip(jax.tree.leaves(alone), jax.tree.leaves(written), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
 def test_json_goes_from_process_0_to_all(seen):

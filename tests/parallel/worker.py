@@ -18,6 +18,7 @@ from laif_jax.data.chat import Encoded, EncodedPair
 from laif_jax.data.pipeline import preference_batches
 from laif_jax.models.decoder import init_params
 from laif_jax.models.specs import param_specs
+from laif_jax.models.weights import Checkpoint, load_params, save_params
 from laif_jax.rollout.generate import generate
 from laif_jax.rollout.score import score
 from laif_jax.training.tasks import preference_task
@@ -86,6 +87,26 @@ def completions(count: int) -> list[Any]:
     return [[s.tokens, s.logps, scored.tolist()] for s, scored in zip(samples, scores)]
 
 
+def weights(folder: Path) -> dict[str, Any]:
+    """A mixture is exported by all processes together, and read in again: what each read of it, and whether every
+    device has the bits that it had."""
+    cfg, mesh = stages.mixtral(), small.mesh(fsdp=2, expert=2, tensor=2)
+    params = stages.born(cfg, mesh)
+    save_params(folder, params, cfg)
+    parallel.barrier("exported")
+    read = []
+    forget = Checkpoint.forget
+    Checkpoint.forget = lambda self: (read.append(self.bytes_read), forget(self))[1]  # type: ignore[method-assign]
+    again = load_params(folder, cfg, shardings=parallel.param_shardings(param_specs(cfg), mesh))
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(again), strict=True)
+    same = [
+        np.array_equal(ours.data, theirs.data)
+        for old, new in pairs
+        for ours, theirs in zip(old.addressable_shards, new.addressable_shards, strict=True)
+    ]
+    return {"read": read[-1] / sum(leaf.nbytes for leaf in jax.tree.leaves(params)), "same": all(same)}
+
+
 def raised(call: Any) -> str:
     try:
         call()
@@ -117,6 +138,7 @@ def main() -> None:
             "reward": stages.reward(small.mesh(data=2, fsdp=2, tensor=2)),
             "ppo": stages.ppo(small.mesh(fsdp=4, tensor=2), Path(sys.argv[1])),
         },
+        "weights": weights(Path(sys.argv[1]) / "exported"),
         "long": len(parallel.broadcast_json("x" * 100_000)),
         "failed": raised(lambda: parallel.from_main(disk_full)),
         "not_json": raised(lambda: parallel.broadcast_json({1, 2})),

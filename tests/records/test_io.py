@@ -2,12 +2,15 @@
 
 import gzip
 import json
+import re
 import zlib
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import laif_jax
 from laif_jax.records import (
     DataError,
     Prompt,
@@ -23,7 +26,7 @@ from laif_jax.records import (
 from tests.bucket import bucket
 from tests.records.strategies import objects, prompts
 
-same_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+same_folder = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 LINES = "".join(json.dumps({"n": i, "text": "some text " * 3}) + "\n" for i in range(200))
 
 
@@ -213,6 +216,14 @@ def test_in_a_bucket_a_file_is_written_anew_to_be_appended_to():
         append_jsonl(path, {"a": 3})
         lines = objects.get("box/deep/rows.jsonl").decode().splitlines()
     assert lines == ['{"a": 1}', '{"a": 2}', '{"cut', '{"a": 3}']
+
+
+def test_nothing_else_appends_by_the_mode_of_a_file():
+    """In a bucket that would write over what is there. The one exception is a cassette, which is on a disk."""
+    appends = re.compile(r"""open\([^()]*["'](a|ab|at|a\+|ab\+)["']""")
+    root = Path(laif_jax.__file__).parent
+    found = {str(path.relative_to(root)) for path in root.rglob("*.py") if appends.search(path.read_text())}
+    assert found == {"records/io.py", "labeling/providers/cassette.py"}
 
 
 def test_a_folder_that_can_be_written_is_left_as_it_was(tmp_path):
