@@ -65,7 +65,7 @@ TASKS = (
         " --repeats 2 --warmups 0",
         6,
     ),
-    Task("sweep", "benchmarks.sweep --json", 3),
+    Task("sweep", "benchmarks.sweep --json --no-commands", 5),
 )
 
 

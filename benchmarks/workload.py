@@ -1,8 +1,14 @@
-"""What all contenders of a side-by-side run work on: one model shape, and the same tokens for everybody."""
+"""What all contenders of a side-by-side run work on: one model shape, and the same tokens for everybody.
+
+    python -m benchmarks.workload teachers/train.jsonl.gz > lengths.json
+
+writes the lengths alone, for a machine that has neither the data nor a tokenizer: --data takes this file as well.
+"""
 
 import gzip
 import json
 import random
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +86,9 @@ def training_work(task: str, lengths: str, count: int, sequence: int, shape: Sha
 
 def real_lengths(path: Path) -> list[list[int]]:
     """[prompt, first answer, second answer] in tokens of each row that has two teachers' answers, by SmolLM2's
-    tokenizer."""
+    tokenizer; of a `.json` file as they stand there."""
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
     from laif_jax.models.model import resolve
     from laif_jax.models.tokenizer import load_tokenizer
 
@@ -129,3 +137,7 @@ def work_flops(task: str, rows: Any, shape: Shape, epochs: int = 1) -> float:
         return 3 * sum(shape.forward_flops(len(row["prompt"]) + len(row["completion"])) for row in rows)
     sides = [len(row["prompt"]) + len(row[side]) for row in rows for side in ("chosen", "rejected")]
     return 3 * sum(shape.forward_flops(length, words=task == "dpo") for length in sides)
+
+
+if __name__ == "__main__":
+    print(json.dumps(real_lengths(Path(sys.argv[1]))))

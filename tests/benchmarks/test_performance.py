@@ -83,7 +83,9 @@ def test_targets_that_are_and_are_not_reached(folders):
 
 def test_a_measurement_is_kept_and_not_repeated(folders, monkeypatch, capsys):
     monkeypatch.setattr(performance, "ROOT", folders)
-    script = "import json; print('for people'); print(json.dumps({'speedup': 4.5, 'data': 'DATA'}))"
+    script = (
+        "import json; print('for people'); print(json.dumps({'ratio_to_one_by_one': 4.5, 'data': 'DATA'}))"
+    )
     (folders / "quick.py").write_text(script)
     options = Namespace(again=False, data=Path("lengths"), envs=Path("envs"))
     task = Task("sweep", "quick", 1)
@@ -93,14 +95,12 @@ def test_a_measurement_is_kept_and_not_repeated(folders, monkeypatch, capsys):
     performance.measure(task, options)
     result = performance.read(task)
     assert result is not None
-    assert result["speedup"] == 4.5
+    assert result["ratio_to_one_by_one"] == 4.5
     assert result["machine"]["cores"] >= 1
     (folders / "quick.py").unlink()
     performance.measure(task, options)
     assert "sweep: there" in capsys.readouterr().out
-    assert (
-        "| 16 seeds of the synthetic world at once | >= 4.00x | 4.50x |  | yes |" in performance_page.page()
-    )
+    assert "| a sweep of 16 seeds, beside one by one | >= 4.00x | 4.50x |  | yes |" in performance_page.page()
 
 
 # ---- how cost grows --------------------------------------------------------------------------------------------

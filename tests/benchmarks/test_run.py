@@ -42,6 +42,14 @@ def test_full_rows_have_the_same_length(task):
     assert work_flops(task, rows, SMALL) == pytest.approx(3 * sequences * one)
 
 
+def test_lengths_of_a_file_are_cut_to_the_row(tmp_path):
+    path = tmp_path / "lengths.json"
+    path.write_text("[[10, 3, 5], [60, 90, 8]]")
+    rows = training_work("dpo", "real", 4, 64, SMALL, path)
+    sizes = {tuple(len(row[name]) for name in ("prompt", "chosen", "rejected")) for row in rows}
+    assert sizes == {(10, 3, 5), (32, 32, 8)}
+
+
 def test_limits_of_generation_are_drawn_by_a_seed():
     mixed = generation_work("real", 50, 4, 40, SMALL)
     assert mixed == generation_work("real", 50, 4, 40, SMALL)
