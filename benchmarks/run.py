@@ -42,6 +42,8 @@ def compare(task: str, options: argparse.Namespace, before: dict[str, Any]) -> t
     if task in ("generate", "ppo"):
         prompt = options.sequence - options.new
         lengths = options.lengths if task == "generate" else "full"
+        if lengths == "real":
+            count = options.prompts
         rows = generation_work(lengths, count, prompt, options.new, options.shape)
     else:
         kind = "sft" if task == "compile" else task
@@ -181,6 +183,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minibatches", type=int, default=1, help="updates of PPO per epoch")
     parser.add_argument(
         "--starts", type=int, choices=(1, 2), default=2, help="2: with an empty and a full compilation cache"
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=128, help="of generation with --lengths real (else --batch x --steps)"
     )
     parser.add_argument(
         "--warmups", type=int, default=1, help="passes (after two steps) before those that are measured"

@@ -7,14 +7,16 @@ by length before they are cut into batches, so that a batch pads little.
 from collections.abc import Iterator, Sequence
 
 SMALLEST = 16  # tokens; below this, padding costs less than another compilation
+HALVED = 96  # from here on there is a size between two powers of two
 
 
 def length_bucket(length: int, longest: int) -> int:
-    """The padded length: the next of 16, 32, 64, ... that holds `length`, at most `longest`."""
+    """The padded length: the next of 16, 32, 64, 96, 128, 192, 256, 384, ... that holds `length`, at most `longest`."""
     size = SMALLEST
     while size < length:
         size *= 2
-    return min(size, longest)
+    between = 3 * size // 4
+    return min(between if between >= max(length, HALVED) else size, longest)
 
 
 def batch_bucket(rows: int, largest: int, multiple: int = 1) -> int:

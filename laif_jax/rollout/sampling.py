@@ -51,6 +51,11 @@ def truncate(logits: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array
     Top-p keeps the smallest set of most probable tokens whose mass reaches `top_p` [B] (Holtzman et al. 2020, section
     3.1), the token that crosses it included. The most probable token always stays.
     """
+    off = (top_p >= 1.0) & (top_k <= 0)
+    return lax.cond(jnp.all(off), lambda: logits, lambda: _truncated(logits, top_p, top_k, off))
+
+
+def _truncated(logits: jax.Array, top_p: jax.Array, top_k: jax.Array, off: jax.Array) -> jax.Array:
     probs = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
 
     def cut_k(p: jax.Array) -> jax.Array:
@@ -66,8 +71,7 @@ def truncate(logits: jax.Array, top_p: jax.Array, top_k: jax.Array) -> jax.Array
     kept = lax.cond(jnp.any(top_k > 0), cut_k, lambda p: p, probs)
     kept = lax.cond(jnp.any(top_p < 1.0), cut_p, lambda p: p, kept)
     # Where nothing was cut, a probability that underflowed to 0 must stay possible as far as float32 can tell.
-    off = ((top_p >= 1.0) & (top_k <= 0))[:, None]
-    return jnp.where((kept > 0.0) | off, logits, -jnp.inf)
+    return jnp.where((kept > 0.0) | off[:, None], logits, -jnp.inf)
 
 
 def sample(logits: jax.Array, keys: jax.Array, params: SamplingParams) -> Draw:
@@ -87,16 +91,31 @@ def sample(logits: jax.Array, keys: jax.Array, params: SamplingParams) -> Draw:
     top_k = jnp.broadcast_to(jnp.asarray(params.top_k, jnp.int32), rows)
     greedy = temperature <= 0.0
     scaled = logits.astype(jnp.float32) / jnp.where(greedy, 1.0, temperature)[:, None]
-    best = jnp.argmax(scaled, axis=-1).astype(jnp.int32)
+
+    def best() -> jax.Array:
+        return first_best(scaled)
 
     def draw() -> jax.Array:
         # A greedy row beside sampled ones must not switch the truncation on.
         kept = truncate(scaled, jnp.where(greedy, 1.0, top_p), jnp.where(greedy, 0, top_k))
-        drawn = jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
-        return jnp.where(greedy, best, drawn)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, kept.shape[1:], kept.dtype))(keys)
+        drawn = first_best(kept + noise)  # what jax.random.categorical gives
+        return lax.cond(jnp.any(greedy), lambda: jnp.where(greedy, best(), drawn), lambda: drawn)
 
-    tokens = lax.cond(jnp.all(greedy), lambda: best, draw)
+    tokens = lax.cond(jnp.all(greedy), best, draw)
     return Draw(tokens, token_logps(scaled, tokens))
+
+
+def first_best(x: jax.Array) -> jax.Array:
+    """The index of the first largest entry of each row, int32 [B] of [B, V], as `argmax` gives it.
+
+    As two plain reductions: XLA's CPU backend goes through an argmax, and through the noise that is fused into it, one
+    number at a time (8 rows, 49k tokens: 5.6 ms against 1.5 ms with Gumbel noise, of a decode step of 30 ms). A row
+    with NaN gives its last index; its log-prob is NaN, too.
+    """
+    places = lax.broadcasted_iota(jnp.int32, x.shape, 1)
+    hits = jnp.where(x == x.max(axis=-1, keepdims=True), places, x.shape[-1])
+    return jnp.minimum(hits.min(axis=-1), x.shape[-1] - 1)
 
 
 def token_logps(logits: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -22,8 +22,10 @@ def test_length_bucket_holds_the_length_and_stays_below_the_limit(length, room):
     assert size <= max(16, 2 * length)
 
 
-def test_a_thousand_lengths_need_seven_shapes():
-    assert {length_bucket(n, 1000) for n in range(1, 1001)} == {16, 32, 64, 128, 256, 512, 1000}
+def test_a_thousand_lengths_need_eleven_shapes_and_long_ones_pad_by_a_half_at_most():
+    sizes = {length_bucket(n, 1000) for n in range(1, 1001)}
+    assert sizes == {16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1000}
+    assert all(length_bucket(n, 1000) <= 1.5 * n for n in range(65, 1001))
 
 
 @given(st.integers(1, 100), st.integers(1, 64), st.sampled_from([1, 2, 4, 8]))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laif_jax.rollout.sampling import SamplingParams, sample, top_logps, truncate
+from laif_jax.rollout.sampling import SamplingParams, first_best, sample, top_logps, truncate
 
 
 def reference_probs(logits: np.ndarray, temperature: float, top_p: float, top_k: int) -> np.ndarray:
@@ -132,3 +132,22 @@ def test_top_logps_are_sorted_log_probs():
         expected = np.log(reference_probs(logits[row], 1, 1, 0))
         assert ids[row].tolist() == np.argsort(-expected)[:5].tolist()
         np.testing.assert_allclose(values[row], expected[np.asarray(ids[row])], atol=1e-5)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 1000), temperature=st.sampled_from([0.5, 1.0, 3.0]))
+def test_draws_are_those_of_jax_random_categorical(seed, temperature):
+    logits = np.random.default_rng(seed).normal(size=(5, 300)).astype(np.float32) * 2
+    keys = jax.random.split(jax.random.key(seed), 5)
+    expected = jax.vmap(jax.random.categorical)(keys, logits / np.float32(temperature))
+    assert np.array_equal(sample(jnp.asarray(logits), keys, SamplingParams(temperature)).tokens, expected)
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(st.lists(st.sampled_from([-np.inf, -1.0, 0.0, 2.0]), min_size=4, max_size=4), min_size=1)
+)
+def test_the_first_best_is_the_argmax(rows):
+    x = np.asarray(rows, np.float32)
+    assert np.array_equal(first_best(jnp.asarray(x)), x.argmax(axis=-1))
+    assert int(first_best(jnp.full((1, 4), jnp.nan))[0]) == 3
