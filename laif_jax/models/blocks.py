@@ -13,6 +13,7 @@ from laif_jax.models import moe
 from laif_jax.models.arch import ModelConfig
 from laif_jax.models.attention import Visibility, attention, decode_attention
 from laif_jax.models.cache import LayerCache, with_token
+from laif_jax.models.dtypes import Master, in_use
 from laif_jax.models.rope import rotate
 from laif_jax.models.sharding import gathered
 from laif_jax.models.specs import ParamSpec, block_specs
@@ -229,7 +230,9 @@ class Block(_Table):
 def _whole_weights(specs: Any, cfg: ModelConfig, variables: Any) -> Any:
     """A layer's weights brought together over their width; experts, who have their own rule, are left as they are."""
 
-    def one(path: Any, spec: ParamSpec, x: Array) -> Array:
+    def one(path: Any, spec: ParamSpec, x: Any) -> Array:
+        if isinstance(x, Master):  # cast where it lies, so that it travels in the compute dtype
+            x = constrain(in_use(*x), *spec.logical_axes)
         own = cfg.num_experts and path[0].key == "mlp"
         return x if own else gathered(spec.logical_axes, x)
 

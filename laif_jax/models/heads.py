@@ -1,13 +1,15 @@
 """What is read off the hidden states: log-probabilities of tokens in rematerialised chunks, and scalar scores.
 
-The vocabulary head's logits are the largest array of a language model. Here they exist for one chunk of time at a
-time, in the forward and in the backward pass: no [R, T, V] array is ever made.
+The vocabulary head's logits are the largest array of a language model. Here they exist for one block of the vocabulary
+at a time, in the forward and in the backward pass: no [R, T, V] array is ever made.
 
 On a mesh every device takes the tokens of its rows and its part of the vocabulary (axis `tensor`): the maximum, the sum
-of exponentials and the target's logit are added up over the parts, and logits never leave their device. The head's
-weights are gathered over `fsdp` once, before the chunks, and their gradient is summed over the mesh once, after them.
+of exponentials and the target's logit are added up over the parts, and logits never leave their device. A block of the
+head's weights is gathered over `fsdp` when its turn comes, and its gradient is summed over the mesh at once.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +23,7 @@ from laif_jax.parallel.mesh import row_parts
 from laif_jax.parallel.rules import mesh_in_force, partition_spec
 
 Array = jax.Array
+_NEVER = -1e30  # a logit whose exponential is 0, and that is a number when multiplied by it
 
 
 class TokenStats(NamedTuple):
@@ -99,18 +102,18 @@ def _token_stats(
     options: dict[str, Any] = {"chunk": chunk, "logps_only": logps_only}
     layout = _layout(params, hidden)
     if layout is None:
-        stats = _in_chunks(params, cfg, temperature, hidden, targets, valid, axis=None, **options)
+        stats = _in_chunks(params, cfg, temperature, hidden, targets, valid, **options)
     else:
 
         def run(
             params: Params, temperature: Array, hidden: Array, targets: Array, valid: Array
         ) -> TokenStats:
-            params = jax.tree.map(
-                lambda leaf, spec: _vocabulary_part(leaf, spec, hidden.dtype), params, layout.head
-            )
             if layout.gathered:
                 hidden = jax.lax.all_gather(hidden, "tensor", axis=1, tiled=True)
-            return _in_chunks(params, cfg, temperature, hidden, targets, valid, axis=layout.axis, **options)
+            bring = functools.partial(_whole_width, specs=layout.head, dtype=hidden.dtype)
+            return _in_chunks(
+                params, cfg, temperature, hidden, targets, valid, axis=layout.axis, bring=bring, **options
+            )
 
         ids = P(*layout.hidden[:2]) if not layout.gathered else P(layout.hidden[0], None)
         specs = (layout.head, P(), layout.hidden, ids, ids)
@@ -144,16 +147,18 @@ def _layout(params: Params, hidden: Array) -> _Layout | None:
     return _Layout(mesh, head, spec, "tensor" if split else None, split and spec[1] == "tensor")
 
 
-def _vocabulary_part(table: Array, spec: P, dtype: Any) -> Array:
-    """This device's part of the vocabulary, over the whole width, inside a `shard_map`.
+def _whole_width(block: Params, *, specs: Any, dtype: Any) -> Params:
+    """A block of this device's part of the vocabulary over the whole width, inside a `shard_map`. It travels in the
+    compute dtype, and so does its gradient on the way back."""
 
-    It travels in the compute dtype, and is kept in float32: so the gradients of the chunks are summed in it.
-    """
-    part = table.astype(dtype)
-    for dim, entry in enumerate(spec):
-        if entry is not None and entry != "tensor":
-            part = jax.lax.all_gather(part, entry, axis=dim, tiled=True)
-    return part.astype(jnp.float32)
+    def one(part: Array, spec: P) -> Array:
+        part = part.astype(dtype)
+        for dim, entry in enumerate(spec):
+            if entry is not None and entry != "tensor":
+                part = jax.lax.all_gather(part, entry, axis=dim, tiled=True)
+        return part
+
+    return jax.tree.map(one, block, specs)
 
 
 def _in_chunks(
@@ -166,20 +171,32 @@ def _in_chunks(
     *,
     chunk: int,
     logps_only: bool,
-    axis: str | None,
+    axis: str | None = None,
+    bring: Callable[[Params], Params] = lambda block: block,
 ) -> TokenStats:
-    """Stats [R, T] of hidden states [R, T, D]; chunks cut the time axis, so that rows stay sharded as they are."""
+    """Stats [R, T] of hidden states [R, T, D].
+
+    At most `chunk` times V logits exist at a time. They are of a block of the vocabulary and of all tokens, if those
+    are no more than the vocabulary has entries: every block's gradient is then complete at once, and what is summed
+    over blocks, the gradient of `hidden`, is smaller than the head's weights. More tokens are cut along the time axis
+    first, so that rows stay sharded as they are.
+
+    Args:
+      axis: the devices of this mesh axis hold parts of the vocabulary. bring: makes a block of the weights ready.
+    """
     rows, length, _ = hidden.shape
-
-    @jax.checkpoint
-    def one(params: Params, temperature: Array, part: tuple[Array, Array, Array]) -> TokenStats:
-        return _stats(params, cfg, temperature, *part, logps_only, axis)
-
-    count = max(1, -(-rows * length // chunk))
+    leaf = jax.tree.leaves(params)[0]
+    vocab = leaf.shape[0] if cfg.tie_embeddings else leaf.shape[1]
+    count = max(1, -(-rows * length // max(chunk, vocab)))
     steps = -(-length // count)
     count = -(-length // steps)
+    blocks = _blocks(params, cfg, min(vocab, -(-rows * steps // chunk)))
+
+    def one(part: tuple[Array, Array, Array]) -> TokenStats:
+        return _stats(blocks, cfg, temperature, *part, logps_only, axis, vocab, bring)
+
     if count == 1:
-        return one(params, temperature, (hidden, targets, valid))
+        return one((hidden, targets, valid))
     padding = count * steps - length
 
     def split(x: Array) -> Array:
@@ -191,11 +208,36 @@ def _in_chunks(
         return jnp.moveaxis(x, 0, 1).reshape(rows, count * steps)[:, :length]
 
     parts = (split(hidden), split(targets), split(valid))
-    return jax.tree.map(join, jax.lax.map(lambda part: one(params, temperature, part), parts))
+    return jax.tree.map(join, jax.lax.map(jax.checkpoint(one), parts))
+
+
+def _blocks(params: Params, cfg: ModelConfig, count: int) -> Params:
+    """The head's weights in `count` blocks of the vocabulary on a new leading axis; zeros behind the last entry."""
+    axis = 0 if cfg.tie_embeddings else 1
+
+    def cut(leaf: Array) -> Array:
+        size = -(-leaf.shape[axis] // count)
+        padding = [(0, 0), (0, 0)]
+        padding[axis] = (0, count * size - leaf.shape[axis])
+        shape = list(leaf.shape)
+        shape[axis : axis + 1] = [count, size]
+        return jnp.moveaxis(jnp.pad(leaf, padding).reshape(shape), axis, 0)
+
+    return jax.tree.map(cut, params)
+
+
+class _Sums(NamedTuple):
+    """Of each token and block of logits, [B, R, t]: the largest, and with that as the unit of exp the sum of
+    exponentials and of exponentials times logits; and the target's logit, 0 where it is in another block."""
+
+    top: Array
+    total: Array
+    weighted: Array
+    target: Array
 
 
 def _stats(
-    params: Params,
+    blocks: Params,
     cfg: ModelConfig,
     temperature: Array,
     hidden: Array,
@@ -203,29 +245,52 @@ def _stats(
     valid: Array,
     logps_only: bool,
     axis: str | None,
+    vocab: int,
+    bring: Callable[[Params], Params],
 ) -> TokenStats:
-    """Stats of one chunk; hidden [R, t, D], targets and valid [R, t]. The devices of `axis` hold parts of the
-    vocabulary."""
-    scores = vocab_logits(params, cfg, hidden) / temperature  # float32 [R, t, V], or a part of V
-    top = jax.lax.stop_gradient(scores.max(axis=-1))
-    first: Array | int = 0
+    """Stats of hidden states [R, t, D], targets and valid [R, t], from the blocks of the `vocab` entries that are here;
+    the devices of `axis` hold other entries."""
+    leaf = jax.tree.leaves(blocks)[0]
+    count, size = leaf.shape[0], leaf.shape[1 if cfg.tie_embeddings else 2]
+    start = 0 if axis is None else jax.lax.axis_index(axis) * vocab
+    precise = hidden.astype(jnp.float32) if count > 1 else hidden  # its gradient is summed over the blocks
 
-    if axis is not None:
-        top, first = jax.lax.pmax(top, axis), jax.lax.axis_index(axis) * scores.shape[-1]
+    @jax.checkpoint
+    def one(block: Params, first: Array) -> _Sums:
+        scores = (
+            vocab_logits(bring(block), cfg, precise.astype(hidden.dtype)) / temperature
+        )  # float32 [R, t, V / B]
+        entry = first + jnp.arange(size)
+        if count * size > vocab:
+            scores = jnp.where(entry < vocab, scores, _NEVER)
+        top = jax.lax.stop_gradient(scores.max(axis=-1))
+        weights = jnp.exp(scores - top[..., None])
+        # Comparing instead of indexing: its gradient is no scatter, and it works on a part of the vocabulary.
+        target = jnp.sum(jnp.where(start + entry == targets[..., None], scores, 0.0), axis=-1)
+        weighted = jnp.zeros_like(top) if logps_only else jnp.sum(weights * scores, axis=-1)
+        return _Sums(top, weights.sum(axis=-1), weighted, target)
+
+    firsts = size * jnp.arange(count)
+    if count == 1:
+        whole = one(jax.tree.map(lambda leaf: leaf[0], blocks), firsts[0])
+        sums = _Sums(*(x[None] for x in whole))
+    else:
+        sums = jax.lax.map(lambda block: one(*block), (blocks, firsts))
 
     def over_parts(x: Array) -> Array:
         return x if axis is None else jax.lax.psum(x, axis)
 
-    weights = jnp.exp(scores - top[..., None])
-    total = over_parts(weights.sum(axis=-1))
+    top = sums.top.max(axis=0)
+    if axis is not None:
+        top = jax.lax.pmax(top, axis)
+    unit = jnp.exp(sums.top - top)
+    total = over_parts(jnp.sum(sums.total * unit, axis=0))
+    target = over_parts(jnp.sum(sums.target, axis=0))
     log_total = jnp.log(total) + top
-    # Comparing instead of indexing: its gradient is no scatter, and it works on a part of the vocabulary.
-    hit = first + jnp.arange(scores.shape[-1]) == targets[..., None]
-    target = over_parts(jnp.sum(jnp.where(hit, scores, 0.0), axis=-1))
     logps = jnp.where(valid, target - log_total, 0.0)
     if logps_only:
         return TokenStats(logps, jnp.zeros_like(logps), jnp.zeros_like(logps))
-    entropy = log_total - over_parts(jnp.sum(weights * scores, axis=-1)) / total
+    entropy = log_total - over_parts(jnp.sum(sums.weighted * unit, axis=0)) / total
     correct = (target >= top).astype(jnp.float32)
     return TokenStats(logps, jnp.where(valid, entropy, 0.0), jnp.where(valid, correct, 0.0))
 

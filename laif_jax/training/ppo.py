@@ -17,7 +17,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from laif_jax.models.arch import ModelConfig
-from laif_jax.models.dtypes import in_compute_dtype
+from laif_jax.models.dtypes import bound, gradient_places
 from laif_jax.models.moe import RouterLoad
 from laif_jax.objectives import LossOut
 from laif_jax.objectives.rl import kl_estimate, rl_loss
@@ -174,21 +174,22 @@ class _Learner:
         def lay(tree: Any) -> Any:
             return lax.with_sharding_constraint(tree, self.shardings.trainable)
 
-        def total(trainable: Any, rows: Array) -> tuple[Array, tuple[LossOut, Array]]:
-            out, finite = self.loss(merge(trainable, self.frozen), rows)
+        def total(places: Any, rows: Array) -> tuple[Array, tuple[LossOut, Array]]:
+            out, finite = self.loss(merge(bound(trainable, places), self.frozen), rows)
             return out.total, (out, finite)
 
-        # As in `laif_jax.training.step`: gradients of the copy that every use would make anyway.
-        copy = lay(in_compute_dtype(trainable, jnp.dtype(self.config.dtype)))
+        places = lay(
+            gradient_places(trainable, jnp.dtype(self.config.dtype))
+        )  # as in `laif_jax.training.step`
 
         def body(carry: Any, rows: Array) -> tuple[Any, Array]:
             grads, sums = carry
-            (_, (out, finite)), new = jax.value_and_grad(total, has_aux=True)(copy, rows)
+            (_, (out, finite)), new = jax.value_and_grad(total, has_aux=True)(places, rows)
             grads = lay(jax.tree.map(lambda a, b: a + b.astype(jnp.float32), grads, new))
             return (grads, jax.tree.map(jnp.add, sums, out)), finite
 
         zeros = lambda x: jnp.zeros(x.shape, jnp.float32)  # noqa: E731
-        shapes = jax.eval_shape(total, trainable, order[0])[1][0]
+        shapes = jax.eval_shape(total, places, order[0])[1][0]
         start = (lay(jax.tree.map(zeros, trainable)), jax.tree.map(zeros, shapes))
         (grads, out), finite = lax.scan(body, start, order)
         return grads, out, finite

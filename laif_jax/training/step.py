@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from laif_jax.models.dtypes import in_compute_dtype
+from laif_jax.models.dtypes import bound, gradient_places
 from laif_jax.objectives import LossOut
 from laif_jax.training.executables import prepared
 from laif_jax.training.state import TrainState, merge
@@ -182,20 +182,22 @@ def _accumulate(
     def lay(tree: Any, shardings: Any) -> Any:
         return tree if shardings is None else constrained(tree, shardings)
 
-    def loss(trainable: Any, micro: Any) -> tuple[jax.Array, tuple[LossOut, dict[str, jax.Array]]]:
+    dtype = getattr(loss_fn, "dtype", None)
+
+    def loss(places: Any, micro: Any) -> tuple[jax.Array, tuple[LossOut, dict[str, jax.Array]]]:
+        trainable = places if dtype is None else bound(state.trainable, places)
         out = loss_fn(merge(trainable, state.frozen), micro, hyper)
         out, outputs = (out, {}) if isinstance(out, LossOut) else out
         return jnp.sum(out.total), (out, outputs)  # members' parameters are apart, so gradients are their own
 
-    dtype = getattr(loss_fn, "dtype", None)
-    trainable = state.trainable
+    places = state.trainable
     if dtype is not None:
-        trainable = lay(in_compute_dtype(trainable, jnp.dtype(dtype)), shardings)
+        places = lay(gradient_places(places, jnp.dtype(dtype)), shardings)
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def body(carry: Any, micro: Any) -> tuple[Any, dict[str, jax.Array]]:
         grads, sums = carry
-        (_, (out, outputs)), new = value_and_grad(trainable, micro)
+        (_, (out, outputs)), new = value_and_grad(places, micro)
         grads = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), grads, new)
         # Keeps the running sums where their parameters lie: a reduce-scatter instead of an all-reduce.
         grads = lay(grads, shardings)
@@ -203,10 +205,10 @@ def _accumulate(
 
     first = jax.tree.map(lambda x: x[0], batch)
     if jax.tree.leaves(batch)[0].shape[0] == 1:  # nothing to add up, and no second copy of the gradients
-        (_, (out, outputs)), grads = value_and_grad(trainable, first)
+        (_, (out, outputs)), grads = value_and_grad(places, first)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), lay(grads, shardings))
         return grads, tuple(out), jax.tree.map(lambda x: x[None], outputs)
-    shapes = jax.eval_shape(loss, state.trainable, first)[1][0]
+    shapes = jax.eval_shape(loss, places, first)[1][0]
     zeros = lambda x: jnp.zeros(x.shape, jnp.float32)  # noqa: E731
     start = (lay(jax.tree.map(zeros, state.trainable), shardings), jax.tree.map(zeros, tuple(shapes)))
     (grads, sums), outputs = jax.lax.scan(body, start, batch)
