@@ -18,6 +18,7 @@ from laif_jax.aot.programs import AnyMesh, Program
 from laif_jax.aot.report import ProgramReport, StageReport
 from laif_jax.aot.topologies import Chip
 from laif_jax.config import RunConfig
+from laif_jax.parallel.mesh import set_libtpu_args
 
 log = logging.getLogger(__name__)
 Keep = Callable[[str, Program, Any], None]
@@ -46,6 +47,7 @@ def target(config: RunConfig, topology: str | None, prices: str | None = None) -
     Raises:
       TopologyError, MeshError: before anything is compiled.
     """
+    set_libtpu_args(config.mesh)
     if topology is None:
         mesh = topologies.local_mesh(config.mesh)
         return Target("this machine", mesh, _local_chip(mesh, prices))

@@ -1,6 +1,6 @@
 """Schemas of the model, the mesh, training and sampling."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -93,6 +93,9 @@ class MeshSpec(Spec):
       expert: splits rows, and the experts of a mixture of experts.
       tensor: splits heads, MLP columns and the vocabulary; keep it within one machine.
       axis_type: "auto": the compiler propagates shardings; "explicit": they are part of array types.
+      libtpu_args: arguments of the TPU compiler for every program of the run, by name, such as
+        `xla_tpu_scheduler_percent_shared_memory_limit: 40` (less memory, fewer transfers at a time). Elsewhere they
+        change nothing.
     """
 
     data: int = 1
@@ -100,6 +103,7 @@ class MeshSpec(Spec):
     expert: int = 1
     tensor: int = 1
     axis_type: Literal["auto", "explicit"] = "auto"
+    libtpu_args: dict[Annotated[str, Field(pattern=r"^xla_\w+$")], bool | int | float | str] = Field(default_factory=dict)
 
 
 # ---- training --------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ slices.
 """
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,19 @@ def make_mesh(spec: MeshSpec, devices: Sequence[Any] | None = None) -> Mesh:
     sizes = resolve_sizes(spec, len(devices))
     axis_type = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}[spec.axis_type]
     return Mesh(device_grid(sizes, devices), AXES, axis_types=(axis_type,) * len(AXES))
+
+
+def set_libtpu_args(spec: MeshSpec) -> None:
+    """Gives the TPU compiler the arguments of the configuration, beside those of the environment. Before JAX is used.
+
+    They go into LIBTPU_INIT_ARGS, which nothing but libtpu reads, once, when it is loaded.
+    """
+    given = os.environ.get("LIBTPU_INIT_ARGS", "").split()
+    shown = lambda value: str(value).lower() if isinstance(value, bool) else str(value)  # noqa: E731
+    wanted = [f"--{name}={shown(value)}" for name, value in spec.libtpu_args.items()]
+    added = [arg for arg in wanted if arg not in given]
+    if added:
+        os.environ["LIBTPU_INIT_ARGS"] = " ".join([*given, *added])
 
 
 def resolve_sizes(spec: MeshSpec, device_count: int) -> Sizes:
@@ -92,7 +106,8 @@ def device_grid(sizes: Sizes, devices: Sequence[Any]) -> np.ndarray:
     """
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if len(slices) == 1:
-        return mesh_utils.create_device_mesh(sizes, devices=devices)
+        # A mesh axis may take a part of an axis of the network: 4 neighbours of the 16 in a row, say.
+        return mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)
     data, *inner = sizes
     if data % len(slices):
         raise MeshError(
@@ -100,7 +115,10 @@ def device_grid(sizes: Sizes, devices: Sequence[Any]) -> np.ndarray:
             f"of {len(slices)}"
         )
     return mesh_utils.create_hybrid_device_mesh(
-        (data // len(slices), *inner), (len(slices), *[1] * len(inner)), devices=devices
+        (data // len(slices), *inner),
+        (len(slices), *[1] * len(inner)),
+        devices=devices,
+        allow_split_physical_axes=True,
     )
 
 

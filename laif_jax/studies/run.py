@@ -13,6 +13,7 @@ from laif_jax.config.load import expand_arms
 from laif_jax.labeling.critic import load_critic
 from laif_jax.labeling.prices import price_of
 from laif_jax.parallel import distributed
+from laif_jax.parallel.mesh import set_libtpu_args
 from laif_jax.records import check_writable, write_json
 from laif_jax.stages.artifact import StageError
 from laif_jax.stages.context import Services, StudyContext
@@ -41,6 +42,7 @@ def run_study(config_path: str, overrides: Sequence[str] = ()) -> int:
         written.
     """
     config = load_config(config_path, overrides)
+    set_libtpu_args(config.mesh)
     distributed.initialize()
     check_study(config)
     enable_compilation_cache()

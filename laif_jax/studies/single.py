@@ -21,7 +21,7 @@ from rich.table import Table
 
 from laif_jax.config import RunConfig, dump_config, load_config
 from laif_jax.parallel import distributed
-from laif_jax.parallel.mesh import make_mesh, row_parts
+from laif_jax.parallel.mesh import make_mesh, row_parts, set_libtpu_args
 from laif_jax.records import check_writable, write_json
 from laif_jax.stages import fit
 from laif_jax.stages.artifact import Artifact, StageError, versions
@@ -75,6 +75,7 @@ class Command(Generic[Config]):
             written. EndpointError: there is a budget, and a model without a price. StageError: training failed.
         """
         config = load_config(config_path, overrides, self.schema)
+        set_libtpu_args(config.mesh)
         distributed.initialize()
         check_mesh(config)
         enable_compilation_cache()

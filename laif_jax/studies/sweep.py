@@ -16,6 +16,7 @@ from etils import epath
 from laif_jax.config import StudyConfig, dump_config
 from laif_jax.labeling.client import LabelClient
 from laif_jax.parallel import distributed
+from laif_jax.parallel.mesh import set_libtpu_args
 from laif_jax.records import check_writable, content_id, write_json
 from laif_jax.stages.artifact import versions
 from laif_jax.stages.context import Services, StudyContext
@@ -75,6 +76,7 @@ def run_sweep(
     axes, shared = read_axes(config_path, arguments)
     points = make_points(config_path, axes, shared, paired=paired)
     configs = [point.config for point in points]
+    set_libtpu_args(configs[0].mesh)
     distributed.initialize()
     for config in configs:
         check_study(config)

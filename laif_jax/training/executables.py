@@ -1,8 +1,8 @@
 """Executables compiled ahead of time: kept as files, and taken by the program that they are of.
 
 A file's name is the hash of the lowered program (shapes, shardings, constants: all that is compiled), of the kind and
-number of devices, and of the versions of JAX and of the compiler. So one that does not fit this configuration, slice or
-installation is never found, and a program that has none is compiled as always.
+number of devices, of the versions of JAX and of the compiler, and of the TPU compiler's arguments. So one that does not
+fit this configuration, slice or installation is never found, and a program that has none is compiled as always.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ def key(lowered: Any, devices: Any) -> str:
     """The name of an executable. `devices`: those that it is for, of any number of hosts."""
     devices = list(devices)
     about = [devices[0].device_kind, str(len(devices)), jax.__version__, jaxlib.__version__]
+    about.append(" ".join(sorted(os.environ.get("LIBTPU_INIT_ARGS", "").split())))
     return hashlib.sha256("\n".join([*about, lowered.as_text()]).encode()).hexdigest()[:32]
 
 

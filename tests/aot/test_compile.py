@@ -261,3 +261,15 @@ def compiling_config(path):
     from laif_jax.config.load import describes
 
     return load_config(path, (), describes(path))
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize("name", ["v6e-128", "v5e-256", "v4-64", "2xv5e-16"])
+def test_a_tensor_axis_may_take_a_part_of_an_axis_of_the_network(name):
+    found = topologies.parse_slice(name)
+    mesh = topologies.lay_mesh(MeshSpec(data=found.slices, fsdp=-1, tensor=4), found)
+    assert mesh.shape["tensor"] == 4
+    assert mesh.size == found.chips
+    for row in mesh.devices.reshape(-1, 4):  # neighbours: within a 2 x 2 or 4 x 1 part of the network
+        spread = [max(c) - min(c) for c in zip(*(device.coords for device in row))]
+        assert sum(spread) <= 3

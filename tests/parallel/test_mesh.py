@@ -1,6 +1,7 @@
 """The mesh over eight simulated devices, over slices, and the meshes that do not fit."""
 
 import math
+import os
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import AxisType
 
 from laif_jax.config.schema import MeshSpec
 from laif_jax.parallel import AXES, MeshError, make_mesh, row_shard
-from laif_jax.parallel.mesh import device_grid, resolve_sizes
+from laif_jax.parallel.mesh import device_grid, resolve_sizes, set_libtpu_args
 
 
 def test_the_default_takes_all_devices_for_fsdp():
@@ -108,3 +109,19 @@ def test_rows_that_processes_share_in_part_are_an_error(monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 5)
     with pytest.raises(MeshError, match="process 5 has no device in the mesh"):
         row_shard(fake_mesh((2, 1, 1), [0, 1]))
+
+
+def test_arguments_of_the_tpu_compiler_join_those_of_the_environment_once(monkeypatch):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_one=1")
+    spec = MeshSpec(libtpu_args={"xla_tpu_two": True, "xla_tpu_three": 40})
+    for _ in range(2):
+        set_libtpu_args(spec)
+        assert os.environ["LIBTPU_INIT_ARGS"] == "--xla_tpu_one=1 --xla_tpu_two=true --xla_tpu_three=40"
+    with pytest.raises(ValueError, match="xla_"):
+        MeshSpec(libtpu_args={"scheduler": 40})
+
+
+def test_without_arguments_the_environment_is_left_alone(monkeypatch):
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    set_libtpu_args(MeshSpec())
+    assert "LIBTPU_INIT_ARGS" not in os.environ
