@@ -84,6 +84,9 @@ class ModelSpec(Spec):
         return {"scratch": (f"`source: {self.source}`", "`source: scratch`")}
 
 
+_XlaName = Annotated[str, Field(pattern=r"^xla_\w+$")]
+
+
 class MeshSpec(Spec):
     """Devices per mesh axis; -1 (one axis at most) takes what is left.
 
@@ -103,7 +106,7 @@ class MeshSpec(Spec):
     expert: int = 1
     tensor: int = 1
     axis_type: Literal["auto", "explicit"] = "auto"
-    libtpu_args: dict[Annotated[str, Field(pattern=r"^xla_\w+$")], bool | int | float | str] = Field(default_factory=dict)
+    libtpu_args: dict[_XlaName, bool | int | float | str] = Field(default_factory=dict)
 
 
 # ---- training --------------------------------------------------------------------------------------------------
