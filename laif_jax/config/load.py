@@ -286,6 +286,14 @@ def _schema_at(schema: type[pydantic.BaseModel], path: Sequence[Any]) -> type[py
     return current if isinstance(current, type) and issubclass(current, pydantic.BaseModel) else None
 
 
+def takes_list(schema: type[pydantic.BaseModel], path: Sequence[str]) -> bool:
+    """Whether the value of a dotted key is itself a list. False for a key that is not there."""
+    parent = _schema_at(schema, path[:-1])
+    if parent is None or path[-1] not in parent.model_fields:
+        return False
+    return typing.get_origin(_strip(parent.model_fields[path[-1]].annotation)) in (tuple, list)
+
+
 def _strip(annotation: Any) -> Any:
     """Removes `| None` and Annotated."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from laif_jax.config import StudyConfig, load_config
-from laif_jax.config.load import ConfigError, describes, parse_override
+from laif_jax.config.load import ConfigError, describes, parse_override, takes_list
 from laif_jax.records import content_id
 
 # One folder and one labelling service are of the whole sweep.
@@ -83,16 +83,12 @@ def read_axes(config_path: str, arguments: Sequence[str]) -> tuple[list[Axis], l
         raise ConfigError(
             f"{config_path}: `laif sweep` runs the points of a study (`laif run`), and this file is a {kind.__name__}"
         )
-    lists = [text for text in arguments if isinstance(parse_override(text)[1], list)]
+    lists = [text for text in arguments if _is_axis(text)]
     shared = [text for text in arguments if text not in lists]
-    load_config(config_path, shared)
     axes: list[Axis] = []
     for text in lists:
         path, values = parse_override(text)
         key = ".".join(path)
-        if _is_value(config_path, shared, text):
-            shared.append(text)
-            continue
         if path[0] in FIXED:
             why = "give the values of `seed`" if path[0] == "seeds" else "give it one value"
             raise ConfigError(f"axis `{key}`: the whole sweep shares it; {why}")
@@ -106,13 +102,12 @@ def read_axes(config_path: str, arguments: Sequence[str]) -> tuple[list[Axis], l
     return axes, shared
 
 
-def _is_value(config_path: str, shared: Sequence[str], text: str) -> bool:
-    """Whether the key takes the list as it is."""
-    try:
-        load_config(config_path, [*shared, text])
-    except ConfigError:
+def _is_axis(text: str) -> bool:
+    """Whether `key=[...]` gives several values: a list for a key that takes none, a list of lists for one that does."""
+    path, value = parse_override(text)
+    if not isinstance(value, list):
         return False
-    return True
+    return not takes_list(StudyConfig, path) or (bool(value) and all(isinstance(v, list) for v in value))
 
 
 def _unique(values: Sequence[Any]) -> tuple[Any, ...]:

@@ -155,18 +155,20 @@ class Meeting:
           stage in order.
         """
         fibers = [_Fiber(call, f"member-{index}") for index, call in enumerate(calls)]
-        going = list(fibers)
-        while going:
-            asked = [(fiber, fiber.resume()) for fiber in going]
-            waiting = [(fiber, member) for fiber, member in asked if member is not None]
-            try:
-                self._serve([member for _, member in waiting])
-            except BaseException as error:
-                for fiber, member in waiting:
+        suspended: dict[_Fiber, Member | None] = dict.fromkeys(fibers)
+        try:
+            while suspended:
+                for fiber in list(suspended):
+                    del suspended[fiber]
+                    if (member := fiber.resume()) is not None:
+                        suspended[fiber] = member
+                self._serve([member for member in suspended.values() if member is not None])
+        except BaseException as error:
+            for fiber, member in suspended.items():
+                if member is not None:  # it has begun
                     member.error = member.error or error
                     fiber.resume()
-                raise
-            going = [fiber for fiber, _ in waiting]
+            raise
         return [fiber.error if fiber.error is not None else fiber.result for fiber in fibers]
 
     def _serve(self, members: Sequence[Member]) -> None:
