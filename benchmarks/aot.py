@@ -3,11 +3,12 @@
     python -m benchmarks.aot compile [--only WORD ...] [--minutes N]   one JSON file per cell; finished cells are kept
     python -m benchmarks.aot page                                      writes docs/results/aot.md from the files
 
-A cell is a model, a slice and a stage. It is compiled by `laif compile ... --json` in a process of its own, so that one
-that fails or is interrupted costs no other. Needs the TPU compiler: pip install 'laif_jax[aot]'.
+A cell is a model, a slice and a stage. Those of one model and slice are compiled by one `laif compile ... --json`.
+Needs the TPU compiler: pip install 'laif_jax[aot]'.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -101,16 +102,26 @@ def config(cell: Cell) -> dict[str, Any]:
     }
 
 
-def compile_cell(cell: Cell) -> dict[str, Any]:
-    """Runs `laif compile`; what went wrong is kept as `error`."""
+def compile_cells(group: list[Cell]) -> dict[str, dict[str, Any]]:
+    """Runs `laif compile` for cells of one model and slice: a report, or what went wrong as `error`, by stage."""
+    cell = group[0]
     with tempfile.TemporaryDirectory() as folder:
         path = YARDSTICK
         if not cell.yardstick:
             path = Path(folder) / "cell.yaml"
             path.write_text(yaml.safe_dump(config(cell)))
-        command = [sys.executable, "-m", "laif_jax.cli", "compile", str(path), "--topology", cell.topology]
+        command = [
+            sys.executable,
+            "-m",
+            "laif_jax.cli",
+            "compile",
+            str(path),
+            "--topology",
+            cell.topology,
+            "--json",
+        ]
         done = subprocess.run(
-            [*command, "--stage", cell.stage, "--json"],
+            [*command, *(word for each in group for word in ("--stage", each.stage))],
             cwd=ROOT,
             env=dict(os.environ, PYTHONPATH=str(ROOT)),
             capture_output=True,
@@ -119,22 +130,30 @@ def compile_cell(cell: Cell) -> dict[str, Any]:
         )
     lines = done.stdout.strip().splitlines()
     if done.returncode not in (0, 1) or not lines:
-        return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:500]}
-    return json.loads(lines[-1])
+        error = (done.stderr.strip().splitlines() or ["no output"])[-1][:500]
+        return {each.stage: {"error": error} for each in group}
+    found = json.loads(lines[-1])
+    return {each.stage: found | {"stages": {each.stage: found["stages"][each.stage]}} for each in group}
 
 
 def compile_all(only: list[str], minutes: float) -> None:
-    """Compiles the cells that have no file yet, until the time is over."""
+    """Compiles the cells that have no file yet, until the time is over; stages of a model and slice in one process,
+    and one by one if that fails."""
     end = time.monotonic() + 60 * minutes
     CELLS.mkdir(parents=True, exist_ok=True)
-    for cell in cells():
-        if cell.path.exists() or not all(word in cell.name for word in only) or time.monotonic() > end:
-            continue
+    todo = [cell for cell in cells() if not cell.path.exists() and all(word in cell.name for word in only)]
+    for _, same in itertools.groupby(todo, key=lambda cell: (cell.model, cell.topology, cell.yardstick)):
+        group = list(same)
+        if time.monotonic() > end:
+            break
         start = time.monotonic()
-        found = compile_cell(cell)
-        found["seconds"] = time.monotonic() - start
-        cell.path.write_text(json.dumps(found, indent=1) + "\n")
-        print(f"{cell.name}: {found.get('error', 'done')} ({found['seconds']:.0f} s)", flush=True)
+        found = compile_cells(group)
+        if len(group) > 1 and any("error" in report for report in found.values()):
+            found = {cell.stage: compile_cells([cell])[cell.stage] for cell in group}
+        for cell in group:
+            cell.path.write_text(json.dumps(found[cell.stage], indent=1) + "\n")
+            print(f"{cell.name}: {found[cell.stage].get('error', 'done')}", flush=True)
+        print(f"  {time.monotonic() - start:.0f} s", flush=True)
 
 
 # ---- the page ----------------------------------------------------------------------------------------------------
