@@ -10,6 +10,7 @@ What padding queries get is finite and otherwise unspecified.
 import contextlib
 import contextvars
 from collections.abc import Generator
+from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -21,8 +22,10 @@ from laif_jax.models.splash import splash_applies, splash_attention, target_plat
 Array = jax.Array
 Window = int | Array | None  # int32 scalar: how many last tokens are seen; 0 or None: all
 
-BLOCKWISE_ABOVE = 1024  # longer rows are done in blocks: no [T, T] array
+BLOCKWISE_ABOVE = 1024  # longer rows are done in blocks of queries and keys: no [T, T] array
 BLOCK = 512
+CHUNK = 64  # rows of at least two of these are done in at most CHUNKS chunks of queries
+CHUNKS = 8
 _NOT_FUSED = contextvars.ContextVar("not_fused", default=False)
 _FUSED: Literal["cudnn", "xla"] = "cudnn"
 _HIDDEN = -1e30  # finite, so that a query that sees nothing gives no NaN
@@ -136,7 +139,8 @@ def attention(
         mask = mask & _in_window(distance, window)
     if fused_applies(q.shape[1], q.shape[3], softcap, q.dtype):
         return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation=_FUSED)
-    return naive_attention(q, k, v, mask, softcap=softcap, scale=scale)
+    form = chunked_attention if q.shape[1] >= 2 * CHUNK else naive_attention
+    return form(q, k, v, mask, softcap=softcap, scale=scale)
 
 
 # ---- naive: all scores at once -----------------------------------------------------------------------------------
@@ -144,19 +148,45 @@ def attention(
 
 def _scores(q: Array, k: Array, softcap: float | None, scale: float) -> Array:
     """float32 [R, K, G, Tq, Tk] from q [R, Tq, K, G, H] and k [R, Tk, K, H]."""
-    scores = jnp.einsum("rtkgh,rskh->rkgts", q, k, preferred_element_type=jnp.float32) * scale
+    q = jnp.moveaxis(
+        q, 1, 3
+    )  # else the product has another order of axes, and the scores are copied, not the queries
+    scores = jnp.einsum("rkgth,rskh->rkgts", q, k, preferred_element_type=jnp.float32) * scale
     return scores if softcap is None else jnp.tanh(scores / softcap) * softcap
 
 
 def naive_attention(
     q: Array, k: Array, v: Array, mask: Array, *, softcap: float | None, scale: float
 ) -> Array:
-    """The reference, and the fastest for short rows. mask: bool [R, Tq, Tk]."""
+    """The reference, and what very short rows get. q: [R, Tq, N, H]. k, v: [R, Tk, K, H]. mask: bool [R, Tq, Tk]."""
     rows, length, heads, head_dim = q.shape
     grouped = q.reshape(rows, length, k.shape[2], heads // k.shape[2], head_dim)
     scores = jnp.where(mask[:, None, None], _scores(grouped, k, softcap, scale), _HIDDEN)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("rkgts,rskh->rtkgh", weights, v).reshape(q.shape)
+
+
+def chunked_attention(
+    q: Array, k: Array, v: Array, mask: Array, *, softcap: float | None, scale: float, chunk: int = CHUNK
+) -> Array:
+    """`naive_attention` of a row with itself, one chunk of queries after the other against the keys up to its end.
+
+    So nearly half of the scores, those of the future, are never computed, and no weights are kept for the backward
+    pass, which recomputes them.
+
+    Args:
+      mask: bool [R, T, T], false for all keys behind the query. chunk: queries at a time; more, if there would be more
+        than `CHUNKS` of them.
+    """
+    length = q.shape[1]
+    size = max(chunk, -(-length // CHUNKS))
+    # Inside a scan over layers there is no common subexpression to guard against.
+    run = jax.checkpoint(partial(naive_attention, softcap=softcap, scale=scale), prevent_cse=False)
+    parts = []
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        parts.append(run(q[:, start:end], k[:, :end], v[:, :end], mask[:, start:end, :end]))
+    return jnp.concatenate(parts, axis=1)
 
 
 # ---- blockwise: long rows in plain JAX ---------------------------------------------------------------------------

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from laif_jax.models import attention as module
 from laif_jax.models.attention import (
+    Continued,
     attention,
     blockwise_attention,
+    chunked_attention,
     decode_attention,
     naive_attention,
     visibility,
@@ -54,6 +56,11 @@ def short(q, k, v, segments, window, softcap, scale):
     return attention(q, k, v, vis, window=window, softcap=softcap, scale=scale)
 
 
+def chunked(q, k, v, segments, window, softcap, scale):
+    mask = visibility(jnp.asarray(segments), window).mask
+    return chunked_attention(q, k, v, mask, softcap=softcap, scale=scale, chunk=4)
+
+
 def scanned(q, k, v, segments, window, softcap, scale):
     """As in a model whose layers differ: the window is a traced number."""
     vis = visibility(jnp.asarray(segments))
@@ -69,7 +76,7 @@ def blockwise_scanned(q, k, v, segments, window, softcap, scale):
     return blockwise(q, k, v, segments, jnp.int32(window), softcap, scale)
 
 
-FORMS = [short, scanned, blockwise, blockwise_scanned]
+FORMS = [short, chunked, scanned, blockwise, blockwise_scanned]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -96,11 +103,69 @@ def test_blocks_of_any_size_and_any_grouping_equal_the_naive_form_in_gradient(bl
         return jnp.sum(weights * form(q, k, v, segments, 4, 2.0, 0.5))
 
     naive = quick_jit(jax.value_and_grad(partial(loss, short), argnums=(0, 1, 2)))(q, k, v)
-    blocks = quick_jit(jax.value_and_grad(partial(loss, partial(blockwise, block=block)), argnums=(0, 1, 2)))(
-        q, k, v
-    )
-    for a, b in zip(jax.tree.leaves(blocks), jax.tree.leaves(naive)):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+    for form in (partial(blockwise, block=block), chunked):
+        blocks = quick_jit(jax.value_and_grad(partial(loss, form), argnums=(0, 1, 2)))(q, k, v)
+        for a, b in zip(jax.tree.leaves(blocks), jax.tree.leaves(naive)):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
+# ---- two answers to one prompt -----------------------------------------------------------------------------------
+
+
+def draw_pairs(seed, rows=2, length=17):
+    """(segments, continued) of rows of pairs that share a start of 0 to all tokens of the first, and padding."""
+    random = np.random.default_rng(seed)
+    segments, positions, prefix = np.zeros((3, rows, length), np.int32)
+    for r in range(rows):
+        column, segment = 0, 1
+        while True:
+            first, second = random.integers(1, 7, 2)
+            start = random.integers(0, first + 1)
+            if column + first + second > length:
+                break
+            for size, begin in ((first, 0), (second, start)):
+                part = slice(column, column + size)
+                segments[r, part], prefix[r, part] = segment, begin
+                positions[r, part] = begin + np.arange(size)
+                column, segment = column + size, segment + 1
+    return segments, Continued(jnp.asarray(positions), jnp.asarray(prefix))
+
+
+def whole_dialogues(q, k, v, segments, continued, window):
+    """Each segment alone behind the start that it continues, and its own queries picked: zeros at padding."""
+    out = np.zeros(q.shape)
+    for r in range(len(q)):
+        for segment in range(1, segments[r].max() + 1):
+            own = np.flatnonzero(segments[r] == segment)
+            start = int(continued.prefix[r, own[0]])
+            all_ = np.concatenate([np.flatnonzero(segments[r] == segment - 1)[:start], own])
+            alone = loops(
+                *(x[r : r + 1, all_] for x in (q, k, v)), np.ones((1, len(all_))), window, None, 0.4
+            )
+            out[r, own] = alone[0, start:]
+    return out
+
+
+@pytest.mark.parametrize("form", ["naive", "chunked", "blockwise", "scanned", "blockwise scanned"])
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 10**6), window=st.sampled_from([0, 2, 4]))
+def test_a_segment_that_continues_another_is_a_dialogue_of_its_own(form, seed, window):
+    q, k, v, _ = draw(seed, length=17)
+    segments, continued = draw_pairs(seed)
+
+    def run(q, k, v, segments, continued, window):
+        options = {"softcap": None, "scale": 0.4}
+        width = jnp.int32(window) if form.endswith("scanned") else window
+        vis = visibility(segments, 0 if form.endswith("scanned") else window, continued=continued)
+        if form.startswith("blockwise"):
+            return blockwise_attention(q, k, v, segments, continued, window=width, block=4, **options)
+        if form == "chunked":
+            return chunked_attention(q, k, v, vis.mask, chunk=4, **options)
+        return attention(q, k, v, vis, window=width, **options)
+
+    out = quick_jit(run, static_argnums=5)(q, k, v, segments, continued, window)
+    expected = whole_dialogues(q, k, v, segments, continued, window)
+    np.testing.assert_allclose(np.where(segments[..., None, None] > 0, out, 0), expected, atol=2e-6)
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(0, None), (4, 1.5)])
