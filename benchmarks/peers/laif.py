@@ -1,5 +1,6 @@
 """This package as a contender: its own steps, batches and engine, at the settings that suit the work."""
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -90,22 +91,31 @@ def make_batches(rows: Any, job: dict[str, Any]) -> Any:
         "epochs": 1,
         "shuffle": False,
     }
+    steps = len(rows) // job["batch"]
     if job["task"] == "sft":
         dialogues = [encoded(row["prompt"], row["completion"], True) for row in rows]
-        return sft_batches(dialogues, batch_size=job["batch"], **options)
+        make: Any = functools.partial(sft_batches, dialogues, **options)
+        return make(batch_size=rows_per_step(make, 1, steps) if packed else job["batch"])
     pairs = [
         EncodedPair(
             encoded(row["prompt"], row["chosen"], False), encoded(row["prompt"], row["rejected"], False)
         )
         for row in rows
     ]
-    # Of packed pairs `batch_size` counts rows: as many as a padded batch has.
-    return preference_batches(pairs, batch_size=job["batch"] * (2 if packed else 1), **options)
+    make = functools.partial(preference_batches, pairs, share_prompts=packed, **options)
+    return make(batch_size=rows_per_step(make, 2, steps) if packed else job["batch"])
+
+
+def rows_per_step(make: Any, multiple: int, steps: int) -> int:
+    """The fewest packed rows per update with which the work takes as many updates as it takes the peers."""
+    return multiple * math.ceil(make(batch_size=multiple).total_steps / steps)
 
 
 def training(cfg: ModelConfig, rows: Any, job: dict[str, Any], mesh: Any) -> Block:
     batches = make_batches(rows, job)
-    options = {"dtype": job["dtype"], "remat": job["remat"]}
+    # Keeping only the products with weights is the fastest on a CPU: what the others make is read again from memory.
+    remat = "dots" if job["remat"] == "none" and jax.default_backend() == "cpu" else job["remat"]
+    options: dict[str, Any] = {"dtype": job["dtype"], "remat": remat}
     segments = batches.layout.max_segments
     if job["task"] == "sft":
         task = sft_task(cfg, SftSpec(epochs=1, optimizer=OPTIMIZER), **options)
