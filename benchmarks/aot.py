@@ -1,7 +1,7 @@
 """The table of docs/results/aot.md: every stage of seven models, compiled for slices of four kinds of TPU.
 
-    python -m benchmarks.aot compile [--only WORD ...] [--minutes N]   one JSON file per cell; finished cells are kept
-    python -m benchmarks.aot page                                      writes docs/results/aot.md from the files
+    python -m benchmarks.aot compile [--only WORD ...] [--stages STAGE ...] [--minutes N]   a JSON file per new cell
+    python -m benchmarks.aot page       writes docs/results/aot.md from the files
 
 A cell is a model, a slice and a stage. Those of one model and slice are compiled by one `laif compile ... --json`.
 Needs the TPU compiler: pip install 'laif_jax[aot]'.
@@ -141,12 +141,13 @@ def compile_cells(group: list[Cell]) -> dict[str, dict[str, Any]]:
     return {each.stage: found | {"stages": {each.stage: found["stages"][each.stage]}} for each in group}
 
 
-def compile_all(only: list[str], minutes: float) -> None:
+def compile_all(only: list[str], stages: list[str], minutes: float) -> None:
     """Compiles the cells that have no file yet, until the time is over; stages of a model and slice in one process,
     and one by one if that fails."""
     end = time.monotonic() + 60 * minutes
     CELLS.mkdir(parents=True, exist_ok=True)
-    todo = [cell for cell in cells() if not cell.path.exists() and all(word in cell.name for word in only)]
+    wanted = [cell for cell in cells() if cell.stage in stages and all(word in cell.name for word in only)]
+    todo = [cell for cell in wanted if not cell.path.exists()]
     for _, same in itertools.groupby(todo, key=lambda cell: (cell.model, cell.topology, cell.yardstick)):
         group = list(same)
         if time.monotonic() > end:
@@ -284,10 +285,11 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("compile", "page"))
     parser.add_argument("--only", nargs="*", default=[], help="words that a cell's name must have")
+    parser.add_argument("--stages", nargs="*", default=list(STAGES), choices=STAGES)
     parser.add_argument("--minutes", type=float, default=1e9)
     options = parser.parse_args()
     if options.what == "compile":
-        compile_all(options.only, options.minutes)
+        compile_all(options.only, options.stages, options.minutes)
     else:
         PAGE.write_text(page())
         print(PAGE)
