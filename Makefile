@@ -40,8 +40,8 @@ format: $(VENV)/.installed
 
 # Both rows are locked; run after a change of dependencies in pyproject.toml.
 lock: $(VENV)/.installed
-	$(BIN)/uv pip compile --quiet --no-header --upgrade --python-version 3.11 --extra dev pyproject.toml -o requirements/py311.txt
-	$(BIN)/uv pip compile --quiet --no-header --upgrade --python-version 3.12 --extra dev pyproject.toml -o requirements/py312.txt
+	$(BIN)/uv pip compile --quiet --universal --no-header --upgrade --python-version 3.11 --extra dev pyproject.toml -o requirements/py311.txt
+	$(BIN)/uv pip compile --quiet --universal --no-header --upgrade --python-version 3.12 --extra dev pyproject.toml -o requirements/py312.txt
 
 clean:
 	rm -rf .venv .venv-3.* runs build *.egg-info
