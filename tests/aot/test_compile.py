@@ -204,7 +204,7 @@ def test_stages_are_compiled_for_every_kind_of_chip_and_for_two_slices(stage, to
 @needs_tpu_compiler
 def test_every_stage_of_a_mistral_7b_is_compiled_for_64_chips():
     stages = compiled(CONFIGS / "paper" / "mistral7b.yaml", "--topology", "v5e-64")
-    assert set(stages) == {"sft", "dpo", "sample"}
+    assert set(stages) == {"sft", "reward", "dpo", "ppo", "sample"}
 
 
 def test_what_does_not_fit_is_told_with_the_compilers_numbers():
