@@ -1,7 +1,8 @@
 """Tokens per second of generation: python -m benchmarks.generate [--json].
 
-A Llama of the given size with random weights draws a fixed number of tokens (no end of text) for prompts of mixed
-length. The first call compiles and is timed apart.
+A Llama of the given size with random weights draws tokens for prompts of mixed length, as many for each as `--new` says
+(no end of text). The first call compiles and is timed apart. Limits of their own for each prompt:
+`python -m benchmarks.run --task generate --lengths real`.
 """
 
 import argparse
@@ -32,9 +33,15 @@ def measure(options: argparse.Namespace) -> dict[str, float | int | str]:
     dtype = jnp.dtype(options.dtype)
     params = init_params(cfg, jax.random.key(0), dtype)
     rng = np.random.default_rng(0)
-    lengths = rng.integers(options.prompt // 2, options.prompt + 1, options.batch)
+    lengths = rng.integers(options.prompt // 2, options.prompt + 1, options.prompts or options.batch)
     prompts = [rng.integers(0, options.vocab, n).tolist() for n in lengths]
-    spec = SamplingSpec(top_p=options.top_p, max_new_tokens=options.new, batch_size=options.batch)
+    spec = SamplingSpec(
+        top_p=options.top_p,
+        max_new_tokens=options.new,
+        batch_size=options.batch,
+        samples=options.samples,
+        kv_cache=options.kv_cache,
+    )
     seconds = []
     for i in range(options.repeat + 1):
         start = time.perf_counter()
@@ -58,6 +65,9 @@ def main() -> None:
     numbers = {"hidden": 192, "layers": 6, "heads": 6, "vocab": 8192, "batch": 8, "prompt": 64, "new": 64}
     for name, default in {**numbers, "repeat": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--prompts", type=int, default=0, help="0: as many as the batch has rows")
+    parser.add_argument("--samples", type=int, default=1, help="of each prompt")
+    parser.add_argument("--kv-cache", choices=("compute", "int8"), default="compute")
     parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")

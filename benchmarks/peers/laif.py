@@ -22,6 +22,7 @@ from laif_jax.models.specs import param_specs
 from laif_jax.parallel import batch_shardings, make_mesh
 from laif_jax.parallel.rules import param_shardings
 from laif_jax.rollout.engine import Engine, Row
+from laif_jax.rollout.slots import generate_rows
 from laif_jax.training.feed import to_device
 from laif_jax.training.optim import make_optimizer, optimizer_hyper
 from laif_jax.training.reward_task import reward_task
@@ -174,14 +175,11 @@ def generation(cfg: ModelConfig, params: Any, rows: Any, job: dict[str, Any]) ->
 
     def block(passes: int) -> None:
         for _ in range(max(1, passes)):
-            for start in range(0, len(requests), job["batch"]):
-                some = requests[start : start + job["batch"]]
-                outputs = engine.run(some, capacity=job["new"], batch_size=job["batch"])
-                drawn = [len(output.drawn or output.tokens) for output in outputs]
-                if drawn != [row.limit for row in some]:
-                    raise RuntimeError(f"drew {drawn}")
-                if not passes:
-                    return
+            some = requests if passes > 0 else requests[: job["batch"]]
+            outputs = generate_rows(engine, some, slots=job["batch"], capacity=job["new"])
+            drawn = [len(output.drawn or output.tokens) for output in outputs]
+            if drawn != [row.limit for row in some]:
+                raise RuntimeError(f"drew {drawn}")
 
     return block
 
