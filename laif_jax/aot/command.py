@@ -22,13 +22,15 @@ def run_compile(
     searches: bool = False,
     save: str | None = None,
     prices: str | None = None,
+    estimates: bool = False,
 ) -> tuple[int, str]:
     """Compiles stages of a configuration.
 
     Args:
       topology: a slice such as `v5e-16`; None: the devices of this machine. stages: none: all that the file has.
       as_json: one JSON object. searches: look for the largest batch and the cheapest rematerialisation instead.
-      save: a folder for the executables. prices: another file like `chips.yaml`.
+      save: a folder for the executables. prices: another file like `chips.yaml`. estimates: compile nothing, as where
+        there is no TPU compiler.
 
     Returns:
       (exit status: 0 if all fits, 1 if not, what to print).
@@ -37,7 +39,7 @@ def run_compile(
     chosen = list(stages) or stages_of(config)
     if not chosen:
         raise NoStageError(f"{config_path} has none of the stages {', '.join(STAGES)}")
-    where = compiling.target(config, topology, prices)
+    where = compiling.target(config, topology, prices, estimate=estimates)
     if searches:
         return _search(config, where, chosen, as_json)
     keep = _Keeper(save, where) if save else None

@@ -41,21 +41,26 @@ class Target:
         return not isinstance(self.mesh, Mesh)
 
 
-def target(config: RunConfig, topology: str | None, prices: str | None = None) -> Target:
-    """The slice that is named, or the devices of this machine.
+def target(
+    config: RunConfig, topology: str | None, prices: str | None = None, *, estimate: bool = False
+) -> Target:
+    """The slice that is named, or the devices of this machine; `estimate`: without its devices.
 
     Raises:
       TopologyError, MeshError: before anything is compiled.
     """
     set_libtpu_args(config.mesh)
+    if topology is None and estimate:
+        raise topologies.TopologyError("an estimate is of a slice: give --topology, such as v5e-16")
     if topology is None:
         mesh = topologies.local_mesh(config.mesh)
         return Target("this machine", mesh, _local_chip(mesh, prices))
     found = topologies.parse_slice(topology)
     chip = topologies.read_chip(found.kind, prices)
-    if topologies.has_tpu_compiler():
+    if topologies.has_tpu_compiler() and not estimate:
         return Target(topology, topologies.lay_mesh(config.mesh, found), chip)
-    log.warning("libtpu is not installed: figures for %s are estimates", topology)
+    if not estimate:
+        log.warning("libtpu is not installed: figures for %s are estimates", topology)
     return Target(topology, topologies.abstract_mesh(config.mesh, found), chip)
 
 

@@ -120,6 +120,7 @@ def _compile(options: argparse.Namespace) -> int:
         searches=options.search,
         save=options.save,
         prices=options.prices,
+        estimates=options.estimate,
     )
     print(text)
     return status
@@ -252,6 +253,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     compiling.add_argument(
         "--save", metavar="DIR", help="keep the train steps' executables, for the pod to start with"
+    )
+    compiling.add_argument(
+        "--estimate", action="store_true", help="a few seconds' estimate, without the TPU compiler"
     )
     compiling.add_argument("--prices", metavar="FILE", help="another file of chips and prices")
     verb("report", _report, "make a finished study's report again").add_argument(

@@ -139,6 +139,16 @@ def test_every_stage_is_estimated_without_the_compiler_and_says_so(tiny, no_comp
     assert "ESTIMATE" in text
 
 
+def test_an_estimate_can_be_had_where_there_is_a_compiler(tiny, monkeypatch):
+    monkeypatch.setattr(
+        topologies, "tpu_devices", lambda found: pytest.fail("asked the compiler for devices")
+    )
+    text = run_compile(tiny, topology="v5e-4", stages=["dpo"], as_json=True, estimates=True)[1]
+    assert json.loads(text)["stages"]["dpo"]["estimate"]
+    with pytest.raises(topologies.TopologyError, match="--topology"):
+        run_compile(tiny, stages=["dpo"], estimates=True)
+
+
 def test_the_yardsticks_arguments_and_work_are_known_without_the_compiler(no_compiler):
     path = str(CONFIGS / "yardstick" / "llama2_7b_sft.yaml")
     stage = json.loads(run_compile(path, topology="v5e-16", as_json=True)[1])["stages"]["sft"]
