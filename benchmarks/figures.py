@@ -17,7 +17,7 @@ def contender_figures(
     Args:
       machine: `flops` per second of the machine. ran: {cold, turns, peak_bytes} and, after two starts, `warm`.
 
-    `compile_seconds` is what the first two steps and the passes before the measured ones took beyond the usual time.
+    `compile_seconds` is what the steps and passes before the measured ones took beyond the usual time.
     """
     turns = ran["turns"]
     median = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
@@ -36,7 +36,7 @@ def contender_figures(
             ready = ran[start]
             figures |= {f"{name}{suffix}": round(value, 3) for name, value in ready.items()}
             spent = ready["first_step_seconds"] + ready["warmup_seconds"]
-            counted = 2 + steps * options.warmups
+            counted = 1 + options.settling + steps * options.warmups
             figures[f"compile_seconds{suffix}"] = round(max(0.0, spent - counted * seconds / steps), 3)
     return figures
 

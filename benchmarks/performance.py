@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.roofline import ROOT, describe_machine
 from benchmarks.run import SAVED
+from benchmarks.workload import real_lengths
 
 PAGE = ROOT / "docs" / "results" / "performance.md"
 
@@ -49,23 +50,23 @@ _REAL = "--lengths real --data DATA"
 # better peer by far, and Tunix's turns would take most of the time.
 TASKS = (
     Task("compile", f"{_RUN} --task compile --against tunix --repeats 3", 2),
-    Task("sft", f"{_RUN} --task sft --against trl,tunix --steps 1 --repeats 5", 4),
+    Task("sft", f"{_RUN} --task sft --against trl,tunix --steps 1 --repeats 5 --warmups 0", 3),
     Task("sft-real", f"{_RUN} --task sft --against trl,tunix {_REAL} --steps 4 --repeats 3 --warmups 0", 4),
     Task("generate", f"{_RUN} --task generate --against trl,tunix --steps 1 --repeats 5", 2),
     Task("dpo-real", f"{_RUN} --task dpo --against trl {_REAL} --steps 2 --repeats 3 --warmups 0", 4),
-    Task("reward-real", f"{_RUN} --task reward --against trl {_REAL} --steps 2 --repeats 3 --warmups 0", 4),
+    Task("reward-real", f"{_RUN} --task reward --against trl {_REAL} --steps 2 --repeats 3 --warmups 0", 3),
     Task(
         "ppo",
         f"{_RUN} --task ppo --against trl --sequence 128 --new 64 --steps 1 --epochs 4 --repeats 3 --warmups 0",
         4,
     ),
+    Task("sweep", "benchmarks.sweep --json --no-commands", 5),
     Task(
         "generate-mixed",
         f"{_RUN} --task generate --against trl,tunix --lengths real --batch 32 --steps 4 --sequence 320 --new 256"
-        " --repeats 2 --warmups 0",
-        6,
+        " --repeats 1 --warmups 0",
+        8,
     ),
-    Task("sweep", "benchmarks.sweep --json --no-commands", 5),
 )
 
 
@@ -137,11 +138,23 @@ def main() -> None:
     chosen = [task for task in TASKS if not options.only or task.name in options.only]
     if options.data is None and any("DATA" in task.command for task in chosen):
         parser.error("--data FILE is needed, such as teachers/train.jsonl.gz")
-    for name in ("data", "envs"):
-        if getattr(options, name):
-            setattr(options, name, getattr(options, name).resolve())
+    options.envs = options.envs.resolve()
+    if options.data is not None:
+        options.data = _lengths(options.data.resolve())
     for task in chosen:
         measure(task, options)
+
+
+def _lengths(data: Path) -> Path:
+    """The file with the lengths of `data`, which are counted once for all tasks."""
+    path = ROOT / "build" / "lengths.json"
+    if data.suffix == ".json":
+        return data
+    if not path.exists() or path.stat().st_mtime < data.stat().st_mtime:
+        print("counting tokens", flush=True)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(real_lengths(data)))
+    return path
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def compare(task: str, options: argparse.Namespace, before: dict[str, Any]) -> t
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         job = _write_job(task, rows, options, folder)
+        options.settling = int(task != "generate")
         ran = _take_turns(scripts(task, options.against, options.envs), job, folder, options)
     after = machine_apart(options.dtype)
     machine = best_rates(before, after)
@@ -96,7 +97,9 @@ def _take_turns(
                 running[name] = Contender(name, python, script, job, folder)
                 ran[name][state] = running[name].ready
                 # A contender may compile once more after its first step, when its state comes out laid otherwise.
-                before = [running[name].passes(count) for count in (-1, *[1] * options.warmups)]
+                # Generation has no state, and its step may take minutes.
+                counts = [-1] * options.settling + [1] * options.warmups
+                before = [running[name].passes(count) for count in counts]
                 ran[name][state] |= {"warmup_seconds": sum(told["seconds"] for told in before)}
         for turn in range(options.repeats):
             since = time.monotonic()
@@ -188,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
         "--prompts", type=int, default=128, help="of generation with --lengths real (else --batch x --steps)"
     )
     parser.add_argument(
-        "--warmups", type=int, default=1, help="passes (after two steps) before those that are measured"
+        "--warmups", type=int, default=1, help="passes (after a step or two) before those that are measured"
     )
     parser.add_argument(
         "--minutes", type=float, default=0, help="fewer turns, but two, if a task takes longer"

@@ -40,6 +40,7 @@ class Iterations:
             batch_size=job["batch"],
             epochs=job["epochs"],
             minibatches=job["minibatches"],
+            micro_batch=micro_batch(job["batch"] // job["minibatches"], job["sequence"]),
             sampling=SamplingSpec(temperature=0.7, max_new_tokens=job["new"], batch_size=job["batch"]),
         )
         self.job, self.count = job, 0
@@ -113,6 +114,12 @@ class Iterations:
         if not float(metrics["healthy"]) or int(rolled.counts.sum()) != self.job["batch"] * self.job["new"]:
             raise RuntimeError(f"iteration {index} went wrong: {metrics}")
         return {"rollout_seconds": drawn - begin, "update_seconds": end - drawn}
+
+
+def micro_batch(rows: int, length: int) -> int:
+    """Rows of one forward pass of the update: as many as keep the device busy, since their activations take memory."""
+    tokens = 512 if jax.default_backend() == "cpu" else 16384
+    return max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * length <= tokens))
 
 
 def build(job: dict[str, Any]) -> Block:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -11,7 +12,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks import run
+from benchmarks import contenders, run
+from benchmarks.contenders import Contender
 from benchmarks.figures import bound_seconds, interval
 from benchmarks.roofline import best_rates, describe_machine, measure_machine
 from benchmarks.workload import SHAPES, generation_work, real_tokens, training_work, work_flops
@@ -116,6 +118,70 @@ def test_the_machine_is_measured():
     for name in ("flops", "bytes_per_second"):
         assert best[name] == max(first[name], second[name]) > 0
     assert describe_machine()["cores"] >= 1
+
+
+FAKE = """
+import sys, time
+from serve import Inverted, serve
+
+now = [0.0]
+time.perf_counter = lambda: now[0]
+SLOW = sys.argv[0].endswith("slow.py")
+
+def build(job):
+    steps = []
+
+    def train(gate):
+        while True:
+            gate()
+            now[0] += (2.0 if SLOW else 0.5) + (3.0 if len(steps) < 2 else 0.0)  # it compiles at its first two steps
+            steps.append(1)
+
+    run = Inverted(train)
+
+    def block(passes):
+        run(passes * int(job["batch"]) or 1)
+        return {"rollout_seconds": 0.25}
+
+    return block
+
+serve(build, lambda: 300 if SLOW else 200)
+"""
+
+
+def test_contenders_take_turns(tmp_path, monkeypatch, capsys):
+    """With contenders that only move a clock of their own; they take as many steps a pass as a batch has rows."""
+    paths = {name: tmp_path / f"{name}.py" for name in ("quick", "slow")}
+    for path in paths.values():
+        path.write_text(FAKE)
+    found = {"laif_jax": (Path(sys.executable), paths["quick"]), "trl": (Path(sys.executable), paths["slow"])}
+    variables = dict(os.environ) | {"PYTHONPATH": str(ROOT / "benchmarks" / "peers")}
+    monkeypatch.setattr(contenders, "_variables", lambda: variables)
+    monkeypatch.setattr(run, "scripts", lambda task, against, envs: found)
+    monkeypatch.setattr(run, "machine_apart", lambda dtype: {"flops": 1e15, "bytes_per_second": 1e15})
+    sizes = "--layers 1 --vocab 512 --sequence 32 --new 8 --batch 1 --steps 1 --repeats 3 --epochs 2"
+    monkeypatch.setattr(sys, "argv", f"run --json {sizes} --against trl --task ppo,compile".split())
+    assert run.main() == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for task in ("ppo", "compile"):
+        one = result[task]
+        assert one["better_peer"] == "trl"
+        assert one["ratio_to_better_peer"] == 4.0
+        assert one["ratio_ci95"] == [4.0, 4.0]
+        assert one["peak_memory_ratio"] == 0.667
+        assert one["ours"]["turns"] == [0.5] * 3
+        assert one["ours"]["rollout_seconds"] == 0.25
+        # Both slow steps are counted, in both starts.
+        assert one["ours"]["compile_seconds"] == one["compile_seconds_warm"] == 6.0
+        assert one["ours"]["first_step_seconds"] == 3.5
+    assert result["compile"]["compile_ratio"] == 1.0
+
+
+def test_a_contender_that_fails_is_told_with_its_words(tmp_path):
+    script = tmp_path / "broken.py"
+    script.write_text("raise SystemExit('nothing to run here')")
+    with pytest.raises(RuntimeError, match="other failed:\nnothing to run here"):
+        Contender("other", Path(sys.executable), script, tmp_path / "job.json", tmp_path)
 
 
 def test_what_is_not_there_is_named():
