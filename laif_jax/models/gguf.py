@@ -303,6 +303,11 @@ class GGUFFile:
         whole = tuple(slice(None) if axis in taken else slice(*b) for axis, b in enumerate(bounds))
         return value.reshape(rest)[whole]
 
+    def tensor(self, name: str) -> np.ndarray:
+        """The whole weight of a Hugging Face name, see `read`."""
+        shape = self.shapes()[name]
+        return self.read(name, shape, (slice(None),) * len(shape))
+
     def params(self, cfg: ModelConfig, *, dtype: Any = jnp.float32, shardings: Any = None) -> dict[str, Any]:
         """The parameter tree; of one leaf at a time, one device's part is in host memory.
 

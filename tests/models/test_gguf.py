@@ -129,6 +129,15 @@ def test_a_saved_import_loads_again_as_the_same_model(name, tiny, tmp_path):
         assert again.tokenizer.encode(text) == model.tokenizer.encode(text), text
 
 
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_a_whole_weight_is_that_of_the_parameters(name, tiny):
+    """`laif convert` takes them one by one."""
+    file, cfg = tiny[name]
+    whole = names.from_hf_state(cfg, {tensor: file.tensor(tensor) for tensor in file.shapes()})
+    for path, leaf in names.flatten(file.params(cfg)).items():
+        np.testing.assert_array_equal(leaf, names.flatten(whole)[path], err_msg=str(path))
+
+
 # ---- metadata and quantisation ---------------------------------------------------------------------------------
 
 
