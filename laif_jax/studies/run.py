@@ -134,6 +134,7 @@ def rebuild_report(folder: str) -> epath.Path:
 
 
 def targets_of(replicates: Sequence[Replicate]) -> list[Node]:
+    """The stages that a study is made for, in the order in which they are run."""
     # The judge's agreement first: it is cheap, and a judge that cannot be reached is found before anything is trained.
     checks = [replicate.agreement for replicate in replicates[:1] if replicate.agreement]
     return checks + [node for replicate in replicates for node in replicate.targets()]
