@@ -439,4 +439,5 @@ def members_step(task: Any, optimizer: optax.GradientTransformation, mesh: Mesh,
 
     part = PartitionSpec(AXIS)
     spread = jax.shard_map(local, mesh=mesh, in_specs=part, out_specs=part, check_vma=False)
-    return jax.jit(spread, donate_argnums=0)
+    split = NamedSharding(mesh, part)  # said, or the first call and the second would be two programs
+    return jax.jit(spread, in_shardings=split, out_shardings=split, donate_argnums=0)
