@@ -30,7 +30,8 @@ PAGE = ROOT / "docs" / "results" / "aot.md"
 YARDSTICKS = ("memory", "overlap")
 YARDSTICK = ROOT / "configs" / "yardstick" / "llama2_7b_sft.yaml"
 
-# Model -> (its name in the table of models, devices of the tensor axis).
+# Model -> (its name in the table of models, devices of the tensor axis in training; what draws tokens has `DRAWING`
+# of them at least: else every chip brings all weights together for its decode loop).
 MODELS = {
     "Llama-2-7B": ("meta-llama/Llama-2-7b-hf", 1),
     "Mistral-7B": ("mistralai/Mistral-7B-v0.1", 1),
@@ -48,6 +49,7 @@ SLICES = dict.fromkeys(("Llama-2-7B", "Mistral-7B", "Yi-6B", "DeepSeek-7B"), _SM
     "Mixtral-8x7B": _LARGE,
     "Llama-2-70B": _LARGE,
 }
+DRAWING = 4
 STAGES = ("sft", "dpo", "reward", "ppo", "sample")
 ROW, HALF = 2048, 1024
 
@@ -91,7 +93,10 @@ def config(cell: Cell) -> dict[str, Any]:
     from laif_jax.aot.topologies import parse_slice
 
     source, tensor = MODELS[cell.model]
-    rows = parse_slice(cell.topology).chips // tensor
+    chips = parse_slice(cell.topology).chips
+    if cell.stage in ("ppo", "sample"):
+        tensor = max(tensor, DRAWING)
+    rows = chips // tensor
     steps = {"steps": 100, "max_prompt_length": 512, "optimizer": {"name": "adamw", "learning_rate": 1.0e-5}}
     return {
         "name": cell.name,
@@ -101,14 +106,19 @@ def config(cell: Cell) -> dict[str, Any]:
         "dpo": steps | {"batch_size": rows, "max_length": HALF},
         "reward": steps | {"batch_size": rows, "max_length": HALF},
         "ppo": {
-            "batch_size": 4 * rows,
+            "batch_size": 4 * chips,
             "minibatches": 2,
-            "micro_batch": rows,
+            "micro_batch": chips,
             "max_prompt_length": 512,
-            "sampling": {"max_new_tokens": 512, "batch_size": 4 * rows},
+            "sampling": {"max_new_tokens": 512, "batch_size": 4 * chips},
         },
-        "sampling": {"max_new_tokens": 512, "batch_size": 8 * rows},
+        "sampling": {"max_new_tokens": 512, "batch_size": 8 * chips},
     }
+
+
+def _alike(cell: Cell) -> tuple[Any, ...]:
+    """Of cells that one configuration serves."""
+    return cell.model, cell.topology, cell.yardstick, cell.stage in ("ppo", "sample")
 
 
 def compile_cells(group: list[Cell], *options: str) -> dict[str, dict[str, Any]]:
@@ -119,19 +129,9 @@ def compile_cells(group: list[Cell], *options: str) -> dict[str, dict[str, Any]]
         if not cell.yardstick:
             path = Path(folder) / "cell.yaml"
             path.write_text(yaml.safe_dump(config(cell)))
-        command = [
-            sys.executable,
-            "-m",
-            "laif_jax.cli",
-            "compile",
-            str(path),
-            "--topology",
-            cell.topology,
-            "--json",
-            *options,
-        ]
-        if cell.yardstick == "overlap":
-            command.append("mesh.libtpu_args={}")
+        overrides = ["mesh.libtpu_args={}"] if cell.yardstick == "overlap" else []
+        command = [sys.executable, "-m", "laif_jax.cli", "compile", str(path), *overrides]
+        command += ["--topology", cell.topology, "--json", *options]
         done = subprocess.run(
             [*command, *(word for each in group for word in ("--stage", each.stage))],
             cwd=ROOT,
@@ -166,7 +166,7 @@ def compile_all(only: list[str], stages: list[str], minutes: float) -> None:
     CELLS.mkdir(parents=True, exist_ok=True)
     wanted = [cell for cell in cells() if cell.stage in stages and all(word in cell.name for word in only)]
     todo = [cell for cell in wanted if not cell.path.exists()]
-    for _, same in itertools.groupby(todo, key=lambda cell: (cell.model, cell.topology, cell.yardstick)):
+    for _, same in itertools.groupby(todo, key=_alike):
         group = list(same)
         if time.monotonic() > end:
             break
@@ -293,7 +293,7 @@ _STAGES_TEXT = """\
 All weights trained, AdamW, bfloat16 compute, whole blocks recomputed. SFT: 2 rows of 2048 tokens per chip. DPO and
 reward model: 1 pair of 2 x 1024 tokens. PPO: 4 prompts of 512 tokens and 512 new ones per chip and iteration, 4
 epochs of 2 minibatches, with a value model, a reference and a reward model of the policy's size. Sampling: 8 prompts
-per chip, the same lengths. `bound`: the least time of one update, one iteration of PPO or one batch of samples, from
+per chip, the same lengths. For PPO and sampling 4 chips share the weights' columns and a row (`mesh.tensor: 4`). `bound`: the least time of one update, one iteration of PPO or one batch of samples, from
 FLOPs, memory traffic and traffic between chips at the chip's full speed; a real step takes longer. Prices:
 `laif_jax/aot/chips.yaml`."""
 
