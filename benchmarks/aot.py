@@ -292,10 +292,10 @@ a loop once, and most of the work is in a loop.
 _STAGES_TEXT = """\
 All weights trained, AdamW, bfloat16 compute, whole blocks recomputed. SFT: 2 rows of 2048 tokens per chip. DPO and
 reward model: 1 pair of 2 x 1024 tokens. PPO: 4 prompts of 512 tokens and 512 new ones per chip and iteration, 4
-epochs of 2 minibatches, with a value model, a reference and a reward model of the policy's size. Sampling: 8 prompts
-per chip, the same lengths. For PPO and sampling 4 chips share the weights' columns and a row (`mesh.tensor: 4`). `bound`: the least time of one update, one iteration of PPO or one batch of samples, from
-FLOPs, memory traffic and traffic between chips at the chip's full speed; a real step takes longer. Prices:
-`laif_jax/aot/chips.yaml`."""
+epochs of 2 minibatches, with a value model, a reference and a reward model of the policy's size. Sampling: 8
+prompts per chip, the same lengths. For PPO and sampling 4 chips share the weights' columns and a row (`mesh.tensor:
+4`). `bound`: the least time of one update, one iteration of PPO or one batch of samples, from FLOPs, memory traffic
+and traffic between chips at the chip's full speed; a real step takes longer. Prices: `laif_jax/aot/chips.yaml`."""
 
 
 def main() -> None:
