@@ -1,0 +1,199 @@
+"""Runs that train together leave what they leave alone: losses, weights, files; and one that fails is the only one."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from laif_jax.config.schema import OptimizerSpec, SftSpec, TrainSpec
+from laif_jax.models.config import ModelConfig
+from laif_jax.models.decoder import init_params
+from laif_jax.training import together
+from laif_jax.training.loop import train
+from laif_jax.training.optim import make_optimizer
+from laif_jax.training.recorder import NonFiniteError
+from laif_jax.training.state import create_state
+from laif_jax.training.tasks import sft_task
+from tests.training import small, toys
+
+RATES = (1e-3, 3e-3, 2e-3)
+
+
+class Cycle:
+    """Three batches, over and over, other ones for every seed."""
+
+    steps_per_epoch = 3
+
+    def __init__(self, make, seed):
+        self.batches = [make(seed, number) for number in range(3)]
+        self.step = 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.step += 1
+        return dict(self.batches[(self.step - 1) % 3])
+
+    def get_state(self):
+        return self.step
+
+    def set_state(self, state):
+        self.step = state
+
+
+def sft_batch(seed, number):
+    docs = small.documents(8, 10 * seed + number)
+    return small.lay_out(docs, [[i] for i in range(8)], 16)
+
+
+def optimizer(seed, **options):
+    return OptimizerSpec(name="adamw", learning_rate=RATES[seed % 3], clip_norm=0.5 + seed, **options)
+
+
+def weights(cfg: ModelConfig, seed: int):
+    return init_params(cfg, jax.random.key(seed))
+
+
+def sft(seed, out, *, steps=5, mesh=None, **options):
+    spec = SftSpec(steps=steps + seed, log_every=2, save_every=2, optimizer=optimizer(seed))
+    spec = spec.model_copy(update=options)
+    mesh = mesh or small.mesh()
+    task = sft_task(small.config(), spec, **small.F32)
+    state = small.fresh_state(task, mesh, spec.optimizer, params=weights(task.cfg, seed))
+    return train(task, Cycle(sft_batch, seed), state, spec, out, mesh=mesh, progress=False)
+
+
+RUNS = {"sft": sft}
+
+
+def meet(calls, groups=None, most=16):
+    return together.Meeting(most, None if groups is None else (lambda g: groups.append(len(g)))).run(calls)
+
+
+def assert_same(a, b, rtol=2e-5):
+    assert len(a.history) == len(b.history)
+    for x, y in zip(a.history, b.history):
+        assert x.keys() - {"perf/tokens_per_second_per_device"} == y.keys() - {
+            "perf/tokens_per_second_per_device"
+        }
+        for name in x.keys() - {"perf/tokens_per_second_per_device"}:
+            np.testing.assert_allclose(x[name], y[name], rtol=rtol, atol=1e-5, err_msg=f"{name} {x['step']}")
+    for x, y in zip(jax.tree.leaves(a.state.params), jax.tree.leaves(b.state.params)):
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-3, atol=2e-5)
+
+
+# ---- equal to alone ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_members_are_trained_as_alone(kind, tmp_path):
+    """Other initial weights, data, learning rates, clipping, betas, margins and lengths; one group."""
+    groups: list[int] = []
+    calls = [lambda seed=seed: RUNS[kind](seed, tmp_path / f"together-{seed}") for seed in range(3)]
+    found = meet(calls, groups)
+    assert groups == [3]
+    for seed, result in enumerate(found):
+        assert not isinstance(result, BaseException), result
+        assert_same(RUNS[kind](seed, tmp_path / f"alone-{seed}"), result)
+
+
+# ---- groups ------------------------------------------------------------------------------------------------------
+
+
+def toy(seed, out, *, rows=8, steps=5, callback=None, params=None):
+    """A run of a regression, which compiles in no time; other numbers, data and weights for every seed."""
+    spec = TrainSpec(steps=steps + seed, log_every=2, save_every=2, optimizer=optimizer(seed))
+    start = toys.params(seed) if params is None else params
+    return train(
+        toys.loss_fn,
+        toys.Batches(spec.steps, rows),
+        create_state(start, make_optimizer(spec.optimizer), mesh=toys.mesh()),
+        spec,
+        out,
+        mesh=toys.mesh(),
+        callback=callback,
+        callback_every=1,
+        progress=False,
+    )
+
+
+def test_other_shapes_are_other_groups(tmp_path):
+    groups: list[int] = []
+    calls = [lambda seed=seed: toy(seed, tmp_path / f"a{seed}") for seed in range(2)]
+    calls += [lambda seed=seed: toy(seed, tmp_path / f"b{seed}", rows=12) for seed in range(3)]
+    found = meet(calls, groups)
+    assert not any(isinstance(result, BaseException) for result in found)
+    assert sorted(groups) == [2, 3]
+
+
+def test_a_group_has_no_more_members_than_asked_for(tmp_path):
+    groups: list[int] = []
+    meet([lambda seed=seed: toy(seed, tmp_path / str(seed)) for seed in range(3)], groups, most=2)
+    assert groups == [2, 1]
+
+
+def test_a_call_that_trains_twice_and_one_that_does_not(tmp_path):
+    groups: list[int] = []
+
+    def twice():
+        first = toy(0, tmp_path / "first")
+        return toy(1, tmp_path / "second").history[-1]["step"], first.history[-1]["step"]
+
+    found = meet([twice, lambda: "nothing", lambda: toy(2, tmp_path / "third").history[-1]["step"]], groups)
+    assert found == [(6, 5), "nothing", 7]
+    assert groups == [2, 1]
+    assert together.joined() is None
+
+
+def test_numbers_do_not_compile_again(tmp_path):
+    together.members_step.cache_clear()
+    for name in "ab":
+        meet([lambda seed=seed, name=name: toy(seed, tmp_path / f"{name}{seed}") for seed in range(2)])
+    meet([lambda seed=seed: toy(seed, tmp_path / f"c{seed}", steps=3) for seed in (1, 2)])
+    assert together.members_step.cache_info().misses == 1
+    mesh = jax.sharding.Mesh(toys.mesh().devices.reshape(-1), (together.AXIS,))
+    step = together.members_step(toys.loss_fn, make_optimizer(optimizer(0)), mesh, True)
+    assert together.members_step.cache_info().misses == 1
+    assert step._cache_size() == 1
+
+
+# ---- failing and going on ----------------------------------------------------------------------------------------
+
+
+def test_one_that_fails_is_the_only_one(tmp_path):
+    def bad():
+        params = toys.params(1)
+        params["b"]["bias"] = params["b"]["bias"].at[0].set(np.nan)
+        return toy(1, tmp_path / "bad", params=params)
+
+    def early():
+        raise ValueError("before it trains")
+
+    groups: list[int] = []
+    good, failed, never, other = meet(
+        [lambda: toy(0, tmp_path / "good"), bad, early, lambda: toy(2, tmp_path / "other")], groups
+    )
+    assert groups == [3]
+    assert isinstance(failed, NonFiniteError)
+    assert isinstance(never, ValueError)
+    assert_same(toy(0, tmp_path / "alone"), good)
+    assert_same(toy(2, tmp_path / "alone-2"), other)
+
+
+def test_a_member_goes_on_where_it_was_cut_short(tmp_path):
+    """One of two was trained to step 4 alone; together with a fresh one it does the rest, and no step twice."""
+
+    def crash(step, _):
+        if step == 4:
+            raise RuntimeError("stopped here")
+
+    with pytest.raises(RuntimeError):
+        toy(1, tmp_path / "cut", callback=crash)
+    resumed, fresh = meet([lambda: toy(1, tmp_path / "cut"), lambda: toy(0, tmp_path / "fresh")])
+    assert resumed.resumed_from == 4
+    assert_same(toy(1, tmp_path / "alone"), resumed)
+    assert_same(toy(0, tmp_path / "alone-0"), fresh)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").open()]
+    assert steps == list(range(1, 7))
