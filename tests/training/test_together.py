@@ -6,15 +6,20 @@ import jax
 import numpy as np
 import pytest
 
-from laif_jax.config.schema import OptimizerSpec, SftSpec, TrainSpec
+from laif_jax.config.rl import RewardSpec
+from laif_jax.config.schema import DpoSpec, OptimizerSpec, SftSpec, TrainSpec
 from laif_jax.models.config import ModelConfig
 from laif_jax.models.decoder import init_params
+from laif_jax.models.reward import reward_specs
+from laif_jax.parallel import param_shardings
 from laif_jax.training import together
 from laif_jax.training.loop import train
-from laif_jax.training.optim import make_optimizer
+from laif_jax.training.optim import make_optimizer, optimizer_hyper
 from laif_jax.training.recorder import NonFiniteError
+from laif_jax.training.reference import reference_logps
+from laif_jax.training.reward_task import reward_task
 from laif_jax.training.state import create_state
-from laif_jax.training.tasks import sft_task
+from laif_jax.training.tasks import preference_task, sft_task
 from tests.training import small, toys
 
 RATES = (1e-3, 3e-3, 2e-3)
@@ -48,6 +53,10 @@ def sft_batch(seed, number):
     return small.lay_out(docs, [[i] for i in range(8)], 16)
 
 
+def pair_batch(seed, number):
+    return small.pair_batch(seed=10 * seed + number, first=4 * number)
+
+
 def optimizer(seed, **options):
     return OptimizerSpec(name="adamw", learning_rate=RATES[seed % 3], clip_norm=0.5 + seed, **options)
 
@@ -65,7 +74,63 @@ def sft(seed, out, *, steps=5, mesh=None, **options):
     return train(task, Cycle(sft_batch, seed), state, spec, out, mesh=mesh, progress=False)
 
 
-RUNS = {"sft": sft}
+def dpo(seed, out, *, mesh=None, **options):
+    smoothing = 0.05 * (1 + seed)
+    spec = DpoSpec(
+        loss="conservative",
+        steps=7,
+        beta=0.1 * (1 + seed),
+        label_smoothing=smoothing,
+        optimizer=optimizer(seed),
+    )
+    spec = spec.model_copy(update=options)
+    mesh = mesh or small.mesh()
+    task = preference_task(small.config(), spec, **small.F32)
+    state = small.fresh_state(task, mesh, spec.optimizer, params=weights(task.cfg, seed))
+    batches, reference = Cycle(pair_batch, seed), None
+    if not together.joined():
+        hyper = dict(task.numbers) | optimizer_hyper(spec.optimizer)
+        reference, state = reference_logps(
+            task,
+            state,
+            make_optimizer(spec.optimizer),
+            batches,
+            12,
+            mesh=mesh,
+            hyper=hyper,
+            cache_dir=out,
+        )
+    own = 12 if reference is None else None
+    return train(
+        task,
+        batches,
+        state,
+        spec,
+        out,
+        mesh=mesh,
+        reference=reference,
+        own_reference=own,
+        progress=False,
+    )
+
+
+def reward(seed, out, *, mesh=None, members=1):
+    spec = RewardSpec(steps=5, members=members, margin=0.1 * seed, optimizer=optimizer(seed))
+    mesh = mesh or small.mesh()
+    cfg = small.config()
+    cfg = type(cfg)(**{**vars(cfg), "head": "score"})
+    task = reward_task(cfg, spec, dtype="float32", remat="none")
+    specs = reward_specs(cfg, members)
+    leaves, tree = jax.tree.flatten(specs, is_leaf=lambda x: hasattr(x, "logical_axes"))
+    random = np.random.default_rng(seed)
+    params = tree.unflatten([random.normal(0, 0.1, leaf.shape).astype(np.float32) for leaf in leaves])
+    state = create_state(
+        params, make_optimizer(spec.optimizer), mesh=mesh, shardings=param_shardings(specs, mesh)
+    )
+    return train(task, Cycle(pair_batch, seed), state, spec, out, mesh=mesh, progress=False)
+
+
+RUNS = {"sft": sft, "dpo": dpo, "reward": reward}
 
 
 def meet(calls, groups=None, most=16):
@@ -97,6 +162,47 @@ def test_members_are_trained_as_alone(kind, tmp_path):
     for seed, result in enumerate(found):
         assert not isinstance(result, BaseException), result
         assert_same(RUNS[kind](seed, tmp_path / f"alone-{seed}"), result)
+
+
+def test_an_ensemble_of_reward_models_may_be_a_member(tmp_path):
+    groups: list[int] = []
+    calls = [lambda seed=seed: reward(seed, tmp_path / f"together-{seed}", members=2) for seed in range(2)]
+    found = meet(calls, groups)
+    assert groups == [2]
+    for seed, result in enumerate(found):
+        assert_same(reward(seed, tmp_path / f"alone-{seed}", members=2), result)
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_members_lie_over_all_devices_of_a_mesh_that_splits_a_model(kind, tmp_path):
+    """Three members on four devices: one place is empty. Alone, the model itself is split."""
+    mesh = small.mesh(data=2, fsdp=2)
+    calls = [
+        lambda seed=seed: RUNS[kind](seed, tmp_path / f"together-{seed}", mesh=mesh) for seed in range(3)
+    ]
+    for seed, result in enumerate(meet(calls)):
+        assert not isinstance(result, BaseException), result
+        assert_same(RUNS[kind](seed, tmp_path / f"alone-{seed}", mesh=mesh), result)
+
+
+def test_by_vmap_and_one_after_the_other_are_equal():
+    task = sft_task(small.config(), SftSpec(steps=1), **small.F32)
+    found = []
+    for rolled in (True, False):
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), (together.AXIS,))
+        states = [small.fresh_state(task, small.mesh(), params=weights(task.cfg, k)) for k in range(2)]
+        stacked = jax.device_put(
+            jax.tree.map(lambda *x: np.stack(x), *jax.device_get(states)),
+            jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(together.AXIS)),
+        )
+        batches = [sft_batch(k, 0) for k in range(2)]
+        batch = {name: np.stack([b[name] for b in batches]) for name in batches[0]}
+        hyper = {"learning_rate": np.float32([0.1, 0.2]), "clip_norm": np.float32([1.0, np.inf])}
+        step = together.members_step(task, make_optimizer(small.PLAIN), mesh, rolled)
+        states, metrics = step(stacked, np.array([True, True]), batch, hyper)
+        found.append((states.trainable, metrics))
+    for x, y in zip(jax.tree.leaves(found[0]), jax.tree.leaves(found[1])):
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-4, atol=1e-5)
 
 
 # ---- groups ------------------------------------------------------------------------------------------------------
@@ -197,3 +303,40 @@ def test_a_member_goes_on_where_it_was_cut_short(tmp_path):
     assert_same(toy(0, tmp_path / "alone-0"), fresh)
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").open()]
     assert steps == list(range(1, 7))
+
+
+def test_callbacks_see_their_own_member(tmp_path):
+    seen: dict[int, list[tuple[int, float]]] = {0: [], 1: []}
+
+    def note(seed):
+        def callback(step, state):
+            seen[seed].append((int(state.step), float(state.params["b"]["bias"][0])))
+            assert int(state.step) == step
+
+        return callback
+
+    found = meet(
+        [lambda seed=seed: toy(seed, tmp_path / str(seed), callback=note(seed)) for seed in range(2)]
+    )
+    for seed, result in enumerate(found):
+        assert [step for step, _ in seen[seed]] == list(range(1, 6 + seed))
+        assert seen[seed][-1][1] == float(result.state.params["b"]["bias"][0])
+
+
+def test_an_interruption_reaches_all_members(tmp_path):
+    seen = []
+
+    def interrupted(seed):
+        def stop(step, _):
+            if step == 3:
+                raise KeyboardInterrupt
+
+        try:
+            return toy(seed, tmp_path / str(seed), callback=stop)
+        except BaseException as error:
+            seen.append((seed, type(error)))
+            raise
+
+    with pytest.raises(KeyboardInterrupt):
+        meet([lambda seed=seed: interrupted(seed) for seed in range(2)])
+    assert sorted(seen) == [(0, KeyboardInterrupt), (1, KeyboardInterrupt)]
