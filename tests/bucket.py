@@ -7,7 +7,6 @@ import contextlib
 import http.server
 import io
 import json
-import os
 import sys
 import threading
 import types
@@ -16,6 +15,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import fsspec
+import google.cloud
+import pytest
 from fsspec.spec import AbstractFileSystem
 
 
@@ -219,23 +220,21 @@ def bucket() -> Iterator[Objects]:
     """Inside, `gs://` is an empty bucket of any name."""
     storage = types.ModuleType("google.cloud.storage")
     storage.Client = _Client  # type: ignore[attr-defined]
-    before = sys.modules.get(storage.__name__)
-    sys.modules[storage.__name__] = storage
+    patch = pytest.MonkeyPatch()
+    patch.setitem(sys.modules, storage.__name__, storage)
+    # Where the real one was imported before, it is found as an attribute of its package.
+    patch.setattr(google.cloud, "storage", storage, raising=False)
     FileSystem.objects = objects = Objects()
     fsspec.register_implementation("gs", FileSystem, clobber=True)
     fsspec.register_implementation("gcs", FileSystem, clobber=True)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Http", (_Http,), {"objects": objects}))
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    os.environ["TENSORSTORE_GCS_HTTP_URL"] = f"http://127.0.0.1:{server.server_address[1]}"
-    os.environ["GOOGLE_AUTH_TOKEN_FOR_TESTING"] = "abc"
+    patch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{server.server_address[1]}")
+    patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "abc")
     try:
         yield objects
     finally:
-        del os.environ["TENSORSTORE_GCS_HTTP_URL"], os.environ["GOOGLE_AUTH_TOKEN_FOR_TESTING"]
         server.shutdown()
         server.server_close()
-        if before is None:
-            del sys.modules[storage.__name__]
-        else:
-            sys.modules[storage.__name__] = before
+        patch.undo()

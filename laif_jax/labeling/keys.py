@@ -140,7 +140,9 @@ def redact(text: str, *, shapes: bool = False) -> str:
       shapes: also hide what only looks like a key. For logs and errors; an answer's own words are not changed so.
     """
     escapes = _ESCAPES.search(text) is not None
-    for value in tuple(_known):
+    for value in sorted(
+        _known, key=len, reverse=True
+    ):  # of a key that begins like a shorter one nothing is left over
         if value in text:
             text = text.replace(value, HIDDEN)
         if escapes or '"' in value or "\\" in value:

@@ -60,7 +60,7 @@ def run(ledger: SqlLedger, at: Endpoint, count: int) -> list[Reply | BaseExcepti
     async def life() -> list[Reply | BaseException]:
         provider = make_provider(at, ledger)
         try:
-            return await asyncio.wait_for(gather(provider, calls(at, count)), 20)
+            return await asyncio.wait_for(gather(provider, calls(at, count)), 60)
         finally:
             await provider.close()
 

@@ -143,6 +143,14 @@ def test_a_known_key_is_found_however_it_is_escaped(drawn: tuple[str, list[int],
     assert said["error"].endswith("=[key]")
 
 
+def test_a_key_that_begins_like_another_leaves_nothing_over() -> None:
+    keys = ["prefix-of-keys" + "0" * n for n in range(12)]
+    for key in keys:
+        Key(key)
+    for key in keys:
+        assert redact(f"Bearer {key}.") == "Bearer [key]."
+
+
 def test_short_values_are_no_secrets() -> None:
     Key("EMPTY")
     assert redact("EMPTY answers stay") == "EMPTY answers stay"
