@@ -407,6 +407,14 @@ def sample(config: RunConfig, mesh: AnyMesh) -> list[Program]:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         state = jax.eval_shape(lambda *args: run.prefill(*args, cache), *prompt)
     state = jax.tree.map(lambda x: struct(x.shape, x.dtype, by_rows), state)
+
+    def by_heads(x: Any) -> jax.ShapeDtypeStruct:
+        """Of the cache, as compilers lay it (`compiling._follow` takes what they say)."""
+        split = ("tensor",) if x.shape[1] % mesh.shape["tensor"] == 0 else ()
+        spec = PartitionSpec(*by_rows.spec, *split)
+        return struct(x.shape, x.dtype, NamedSharding(mesh, spec))
+
+    state = state._replace(cache=jax.tree.map(by_heads, state.cache))
     number = struct((), jnp.int32, whole)
     decode = (params, state, settings, ends, row(jnp.bool_), number, number)
     return [
