@@ -189,9 +189,9 @@ def page() -> str:
     text = _STAGES_TEXT
     if guessed := sum(not cell.path.exists() for cell in every):
         text += (
-            f"\n\n{guessed} of {len(every)} rows are estimates, marked with ≈ (`laif compile --estimate`: arguments "
-            "and FLOPs\nare exact, temporaries a rule of thumb, traffic between chips is not known). "
-            "`python -m benchmarks.aot compile`\ngoes on with them."
+            f"\n\n{guessed} of {len(every)} rows are estimates of memory, marked with ≈ (`laif compile --estimate`: "
+            "arguments are exact,\ntemporaries a rule of thumb, traffic and so time not known). "
+            "`python -m benchmarks.aot compile` goes on with them."
         )
     lines = [_HEAD, *_yardstick(), "", "## Stages", "", text, ""]
     for model in MODELS:
@@ -215,6 +215,7 @@ def _rows(cell: Cell) -> list[tuple[str, ...]]:
     stage = found["stages"][cell.stage]
     gb = lambda value: f"{value / 1e9:.2f}"  # noqa: E731
     price, sent = stage["examples_per_dollar_bound"], stage["collectives"].values()
+    timed = stage["fits"] and not stage["estimate"]  # an estimate knows no traffic, and so no time
     return [
         (
             cell.topology,
@@ -223,10 +224,10 @@ def _rows(cell: Cell) -> list[tuple[str, ...]]:
             gb(stage["argument_bytes"]),
             gb(stage["temp_bytes"]),
             f"{gb(stage['peak_bytes'])} of {gb(stage['hbm_bytes'])}",
-            f"{stage['step_seconds_bound']:.3f}" if stage["fits"] else "",
-            f"{stage['mfu_bound']:.0%}" if stage["fits"] else "",
-            gb(sum(row["bytes"] for row in sent)) if stage["fits"] and not stage["estimate"] else "",
-            f"{price:.0f}" if price and stage["fits"] else "",
+            f"{stage['step_seconds_bound']:.3f}" if timed else "",
+            f"{stage['mfu_bound']:.0%}" if timed else "",
+            gb(sum(row["bytes"] for row in sent)) if timed else "",
+            f"{price:.0f}" if price and timed else "",
         )
     ]
 
