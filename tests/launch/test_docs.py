@@ -16,7 +16,6 @@ PAGES = [ROOT / "docs" / "how-to" / name for name in ("tpu_pod.md", "gpu_cluster
 
 
 PRICES = ROOT / "laif_jax" / "aot" / "chips.yaml"
-with_compile = pytest.mark.skipif(not PRICES.is_file(), reason="`laif compile` is not part of this checkout")
 
 
 def commands(start: str) -> list[list[str]]:
@@ -83,7 +82,6 @@ def test_the_other_launchers_take_their_commands():
             assert done.returncode == 0, (words, done.stderr)
 
 
-@with_compile
 def test_laif_takes_its_commands():
     from laif_jax.cli.main import _parser
 
@@ -106,7 +104,6 @@ def test_laif_takes_its_commands():
         assert (ROOT / options.config).is_file(), words
 
 
-@with_compile
 def test_every_file_that_is_named_is_there():
     text = "".join(page.read_text() for page in PAGES)
     named = set(re.findall(r"(?:tests/)?(?:launch|configs|laif_jax)/[\w./-]*\w", text))
@@ -114,7 +111,6 @@ def test_every_file_that_is_named_is_there():
     assert [name for name in sorted(named - made) if not (ROOT / name).exists()] == []
 
 
-@with_compile
 def test_the_prices_are_the_data_files():
     table = yaml.safe_load(PRICES.read_text())
     text = PAGES[0].read_text()
