@@ -190,7 +190,7 @@ def page() -> str:
     if guessed := sum(not cell.path.exists() for cell in every):
         text += (
             f"\n\n{guessed} of {len(every)} rows are estimates of memory, marked with ≈ (`laif compile --estimate`: "
-            "arguments are exact,\ntemporaries a rule of thumb, and far too low for sampling, as the compiled rows show; "
+            "arguments are exact,\ntemporaries a rule of thumb, far too low for sampling, as the compiled rows show; "
             "traffic and so time are not\nknown). "
             "`python -m benchmarks.aot compile` goes on with them."
         )
