@@ -245,7 +245,9 @@ class _Run:
                 prefilled.append((row, slot))
             elif origin != slot:
                 copied = max(copied, len(self.rows[row].tokens))
-                source[slot] = origin
+                source[slot] = source[
+                    origin
+                ]  # all copies are made at once: what `origin` is about to get is not there
             self.occupant[slot], self.holds[slot] = row, self.prompt[row]
             self.position[slot] = len(self.rows[row].tokens)
             set_row(self.settings, slot, self.rows[row])

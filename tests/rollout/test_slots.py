@@ -104,6 +104,18 @@ def test_a_prompt_is_read_once_for_all_of_its_samples(monkeypatch):
     assert len({tuple(r.drawn) for r in found}) > 10
 
 
+def test_a_copy_is_never_taken_from_a_slot_that_gets_its_own_copy_only_then():
+    """The first prompt's samples sit behind the others', so that a sample that comes later is placed before its source,
+    and a second one finds both."""
+    first, second = many(2, limit=2)
+    late = [Row(second.tokens, KEYS[10 + i], limit, 1.0) for i, limit in enumerate((12, 11, 10, 9))]
+    rows = [Row(first.tokens, KEYS[i], 12 if i == 0 else 1, 1.0) for i in range(3)] + late
+    for slots in (2, 4):
+        assert_equal(
+            generate_rows(engine(ends=()), rows, slots=slots, capacity=CAPACITY), plain(rows, ends=())
+        )
+
+
 def test_new_prompts_settings_and_numbers_of_rows_compile_nothing():
     run = engine()
     generate_rows(run, many(24, limit=CAPACITY), slots=4, capacity=CAPACITY)
