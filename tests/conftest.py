@@ -5,6 +5,11 @@ import os
 import sys
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A slow machine is no failure.
+settings.register_profile("laif", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("laif")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _FLAG = "--xla_force_host_platform_device_count"

@@ -12,8 +12,6 @@ from typing import Any
 
 from tests.labeling.wire_server import Request, Response, anthropic_body, google_body, openai_body
 
-NOW = datetime.datetime.now(datetime.UTC).isoformat()
-
 
 def _anthropic_fails(kind: str) -> dict[str, Any]:
     error = {"type": "error", "error": {"type": kind, "message": "no"}, "request_id": None}
@@ -33,7 +31,7 @@ class BatchApi:
 
     def make(self, **fields: Any) -> str:
         name = f"batch_{len(self.batches)}"
-        self.batches[name] = fields
+        self.batches[name] = {"made": datetime.datetime.now(datetime.UTC).isoformat(), **fields}
         return name
 
     def count(self, rows: list[str]) -> None:
@@ -152,8 +150,8 @@ class AnthropicBatchApi(BatchApi):
             "type": "message_batch",
             "processing_status": "ended" if self.done else "in_progress",
             "request_counts": counts,
-            "created_at": self.batches[name].get("created_at", NOW),
-            "expires_at": NOW,
+            "created_at": self.batches[name]["made"],
+            "expires_at": self.batches[name]["made"],
             "results_url": None,
         }
 
