@@ -22,6 +22,9 @@ from laif_jax.records import Comparison, Completion, Judgement, Prompt, Rating
 log = logging.getLogger(__name__)
 Progress = Callable[[JobStatus], None]
 RAISED = 1.0  # seconds in which a job notices that its budget was raised
+FIRST_LOOK = (
+    0.01  # seconds until the first look at a job; each is twice as long as the one before, up to `poll`
+)
 _JSON = {"Content-Type": "application/json"}
 _completion: TypeAdapter[Completion | Failure] = TypeAdapter(Completion | Failure)
 
@@ -33,7 +36,7 @@ class LabelClient:
     and goes on from the store.
 
     Args:
-      poll: seconds between two looks at a running job.
+      poll: seconds between two looks at a running job; the first looks come sooner, since small jobs end at once.
       patience: seconds without an answer from the service, or without space for its store, that are waited out.
       token: what a service with a token asks for; see `access.read_token`.
       job_budget: what each job may cost, over all its runs, as in "2.50USD".
@@ -249,7 +252,7 @@ class LabelClient:
         if self._job_budget is not None and job.budget is None:
             job = job.model_copy(update={"budget": self._job_budget})
         body = job.model_dump_json().encode("utf-8", "surrogatepass")
-        submissions, stalled_since, submitted = 0, 0.0, 0.0
+        submissions, stalled_since, submitted, pause = 0, 0.0, 0.0, min(FIRST_LOOK, self._poll)
         status: JobStatus | None = None
         while True:
             if status is None:
@@ -281,10 +284,11 @@ class LabelClient:
                     raise LabelServiceError(f"labelling job {status.id} cannot go on: {status.stalled}")
             else:
                 stalled_since = 0.0
-            left = self._poll if limit is None else min(self._poll, limit - time.monotonic())
+            left = pause if limit is None else min(pause, limit - time.monotonic())
             if left <= 0:
                 return status
             time.sleep(left)
+            pause = min(2 * pause, self._poll)
             status = self._look(status.id, limit)
 
     def _look(self, job_id: str, limit: float | None) -> JobStatus | None:
