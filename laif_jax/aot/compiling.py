@@ -19,6 +19,7 @@ from laif_jax.aot.report import ProgramReport, StageReport
 from laif_jax.aot.topologies import Chip
 from laif_jax.config import RunConfig
 from laif_jax.parallel.mesh import set_libtpu_args
+from laif_jax.training.rows import check_rows
 
 log = logging.getLogger(__name__)
 Keep = Callable[[str, Program, Any], None]
@@ -84,7 +85,12 @@ def compile_stages(
 
     Args:
       keep: called with (stage, program, compiled) of each program that fits.
+
+    Raises:
+      NoStageError, MeshError: a stage that the configuration has not, batches that do not divide over the mesh; before
+        anything is compiled.
     """
+    check_rows({stage: programs.section(config, stage) for stage in stages if stage != "sample"}, where.mesh)
     return [compile_stage(config, where, stage, keep) for stage in stages]
 
 

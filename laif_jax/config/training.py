@@ -48,7 +48,8 @@ class ModelSpec(Spec):
       save_dtype: of the weights that a stage writes for the next one and for you. bfloat16 halves the files, and rounds
         away updates smaller than about 1/500 of a weight: a short preference optimisation can vanish in it.
       remat: what the backward pass recomputes: "none", "full" (whole blocks) or "dots" (all but matrix products).
-      logprob_chunk: tokens per chunk of the vocabulary log-probs.
+      logprob_chunk: tokens whose logits over the whole vocabulary exist at a time. On a CPU with "dots", and so few
+        that their logits (4 bytes each) fit into its cache, a step of a real model is fastest.
       router_loss: weight of the load-balancing loss of a mixture of experts; None: the model's own
         (`router_aux_loss_coef`); 0: none.
     """

@@ -62,6 +62,7 @@ def mesh(config: Any, devices: Facts) -> Found:
     from jax.sharding import AbstractMesh
 
     from laif_jax.parallel.mesh import AXES, MeshError, resolve_sizes, row_parts
+    from laif_jax.training.rows import undivided
 
     if "count" not in devices:
         what = "the mesh cannot be checked: JAX found no devices"
@@ -77,19 +78,8 @@ def mesh(config: Any, devices: Facts) -> Found:
     axes = dict(zip(AXES, (int(size) for size in sizes)))
     parts = row_parts(AbstractMesh(tuple(axes.values()), tuple(axes)))
     findings = list(_slices(axes, devices))
-    findings += [Finding("slow", "mesh", what, do) for what, do in padding(config, parts)]
+    findings += [Finding("fails", "mesh", what, do) for what, do in undivided(dict(config), parts)]
     return {"axes": axes}, findings
-
-
-def padding(config: Any, parts: int) -> Iterator[tuple[str, str]]:
-    """Batches that do not divide over the parts that a mesh splits rows into: (what becomes of them, what to do)."""
-    for name, section in _training(config).items():
-        rows = section.micro_batch or section.batch_size
-        if rows % parts:
-            padded = math.ceil(rows / parts) * parts
-            key = "micro_batch" if section.micro_batch else "batch_size"
-            what = f"`{name}.{key}` {rows} over {parts} parts of the mesh: {padded - rows} of {padded} rows are padding"
-            yield what, f"make it a multiple of {parts}"
 
 
 def _slices(axes: dict[str, int], devices: Facts) -> Iterator[Finding]:

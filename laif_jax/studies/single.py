@@ -7,7 +7,6 @@ A command says what is trained, what is told of it, and how that looks (`Command
 import datetime
 import io
 import json
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -21,18 +20,17 @@ from rich.table import Table
 
 from laif_jax.config import RunConfig, dump_config, load_config
 from laif_jax.parallel import distributed
-from laif_jax.parallel.mesh import make_mesh, row_parts, set_libtpu_args
+from laif_jax.parallel.mesh import make_mesh, set_libtpu_args
 from laif_jax.records import check_writable, write_json
 from laif_jax.stages import fit
 from laif_jax.stages.artifact import Artifact, StageError, versions
 from laif_jax.stages.context import Context, Services
-from laif_jax.studies.doctor_config import padding
 from laif_jax.studies.plan import Plan, announce
 from laif_jax.studies.report import environment
 from laif_jax.studies.table import printable
+from laif_jax.training.rows import check_rows
 from laif_jax.training.step import enable_compilation_cache
 
-logger = logging.getLogger(__name__)
 Results = Mapping[str, Any]
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -141,12 +139,9 @@ class Command(Generic[Config]):
 
 
 def check_mesh(config: RunConfig) -> None:
-    """Before anything is read or compiled: raises MeshError for a mesh that does not fit these devices, and warns of
-    batches that do not divide over it. Those run, padded with rows of weight 0."""
-    parts = row_parts(make_mesh(config.mesh))
-    if distributed.is_main():
-        for what, do in padding(config, parts):
-            logger.warning("%s; %s", what, do)
+    """Before anything is read or compiled: raises MeshError for a mesh that does not fit these devices, and for batches
+    that do not divide over it."""
+    check_rows(dict(config), make_mesh(config.mesh))
 
 
 def run_folder(config: RunConfig) -> epath.Path:

@@ -82,6 +82,12 @@ def test_a_mesh_that_does_not_divide_is_told_with_its_numbers_before_any_compile
     assert "v5e-16" in capsys.readouterr().err
 
 
+def test_a_batch_that_does_not_divide_is_told_before_any_compile(tiny, no_compiler, monkeypatch):
+    monkeypatch.setattr(compiling, "compile_stage", None)  # never called
+    with pytest.raises(MeshError, match=r"`dpo.batch_size` 6 .* over 16 parts of the mesh, 10 of 16 padding"):
+        run_compile(tiny, ["mesh.fsdp=16", "mesh.tensor=1", "dpo.batch_size=6"], topology="v5e-16")
+
+
 def test_every_chip_has_numbers_and_every_tpu_a_price():
     for kind in ("v4", "v5e", "v5p", "v6e"):
         chip = topologies.read_chip(kind)

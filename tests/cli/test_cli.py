@@ -14,7 +14,6 @@ import laif_jax.cli
 from laif_jax.cli.main import _calm_libtpu, main
 from laif_jax.models import fetch
 from laif_jax.models.model import load_model
-from laif_jax.studies.single import check_mesh
 from tests.studies import tiny
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
@@ -132,11 +131,15 @@ def test_a_mesh_that_does_not_fit_is_found_before_anything_runs(tmp_path, capsys
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_batch_that_does_not_divide_over_the_mesh_is_told_with_the_numbers(tmp_path, caplog):
-    check_mesh(tiny.config(tmp_path, sft={**tiny.TREE["sft"], "batch_size": 6}))
-    (warning,) = caplog.messages
-    assert "`sft.batch_size` 6 over 4 parts of the mesh: 2 of 8 rows are padding" in warning
-    assert "make it a multiple of 4" in warning
+def test_a_batch_that_does_not_divide_over_the_mesh_is_refused_before_anything_runs(tmp_path, capsys):
+    assert tiny.run(tmp_path, "sft.batch_size=6") == 2
+    message = said(capsys)
+    assert (
+        "mesh data=2 x fsdp=2 x tensor=2: `sft.batch_size` 6 gives 6 rows over 4 parts of the mesh, 2 of 8 padding"
+        in message
+    )
+    assert "make it a multiple of 4" in message
+    assert not (tmp_path / "runs").exists()
 
 
 def test_libtpu_without_a_tpu_is_told_so_and_one_with_its_chips_is_left_alone(tmp_path, monkeypatch):

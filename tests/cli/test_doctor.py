@@ -230,15 +230,15 @@ def test_a_mesh_that_does_not_fit_the_devices():
     assert said(doctor_config.mesh(config(), {}), "note", "JAX found no devices")
 
 
-def test_batches_that_do_not_divide_are_padded():
+def test_batches_that_do_not_divide_are_refused():
     found = doctor_config.mesh(
         config("sft.batch_size=24", "dpo.batch_size=32", "pretrain.batch_size=48"), TPU
     )
     assert found[0]["axes"]["fsdp"] == 16
-    said(found, "slow", "`sft.batch_size` 24 over 16 parts of the mesh: 8 of 32 rows are padding")
+    said(found, "fails", "`sft.batch_size` 24 gives 24 rows over 16 parts of the mesh, 8 of 32 padding")
     assert len(found[1]) == 1
     found = doctor_config.mesh(config("dpo.micro_batch=8"), TPU)
-    said(found, "slow", "`dpo.micro_batch` 8")
+    said(found, "fails", "`dpo.micro_batch` 8")
 
 
 def test_slices_and_hosts_want_their_axes():
