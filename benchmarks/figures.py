@@ -88,16 +88,16 @@ def interval(logs: list[float]) -> list[float] | None:
 
 def bound_seconds(task: str, rows: Any, options: argparse.Namespace, machine: dict[str, Any]) -> float:
     """The least time that the machine needs for the work. Training: its operations at the rate of the matrix product.
-    Generation: the prompts' operations at that rate, and for every drawn token of a full batch one reading of the
-    weights and of the batch's cache at the rate of the copy, if that takes longer than the operations. PPO: both, the
-    policy's log-probs being those of generation."""
+    Generation: the prompts' operations, words apart, at that rate, and for every drawn token of a full batch one
+    reading of the weights and of the batch's cache at the rate of memory, if that takes longer than the operations.
+    PPO: both, the policy's log-probs being those of generation."""
     shape: Shape = options.shape
     if task not in ("generate", "ppo"):
         return work_flops(_kind(task), rows, shape) / machine["flops"]
     width = 2 if options.dtype == "bfloat16" else 4
-    prompts = sum(shape.forward_flops(len(row["prompt"])) for row in rows)
     generation = work_flops("generate", rows, shape)
-    drawn = generation - prompts
+    drawn = generation - sum(shape.forward_flops(len(row["prompt"])) for row in rows)
+    prompts = sum(shape.forward_flops(len(row["prompt"]), words=False) for row in rows)
     steps = sum(row["new"] for row in rows) / options.batch
     weights = shape.matrix_parameters * width
     lengths = [(len(row["prompt"]) + row["new"] / 2) * row["new"] for row in rows]

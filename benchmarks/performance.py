@@ -51,7 +51,7 @@ _REAL = "--lengths real --data DATA"
 TASKS = (
     Task("compile", f"{_RUN} --task compile --against tunix --repeats 3", 2),
     Task("sft", f"{_RUN} --task sft --against trl,tunix --steps 1 --repeats 5 --warmups 0", 3),
-    Task("sft-real", f"{_RUN} --task sft --against trl,tunix {_REAL} --steps 4 --repeats 3 --warmups 0", 4),
+    Task("sft-real", f"{_RUN} --task sft --against trl,tunix {_REAL} --steps 12 --repeats 2 --warmups 0", 6),
     Task("generate", f"{_RUN} --task generate --against trl,tunix --steps 1 --repeats 5", 2),
     Task("dpo-real", f"{_RUN} --task dpo --against trl {_REAL} --steps 2 --repeats 3 --warmups 0", 4),
     Task("reward-real", f"{_RUN} --task reward --against trl {_REAL} --steps 2 --repeats 3 --warmups 0", 3),
@@ -60,7 +60,7 @@ TASKS = (
         f"{_RUN} --task ppo --against trl --sequence 128 --new 64 --steps 1 --epochs 4 --repeats 3 --warmups 0",
         4,
     ),
-    Task("sweep", "benchmarks.sweep --json --no-commands", 5),
+    Task("sweep", "benchmarks.sweep --json", 8),
     Task(
         "generate-mixed",
         f"{_RUN} --task generate --against trl,tunix --lengths real --batch 32 --steps 4 --sequence 320 --new 256"

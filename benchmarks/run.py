@@ -3,7 +3,7 @@
 Every contender is a process of its own, in its own virtual environment, which this harness makes under --envs. All get
 the same tokens, shape, dtype and optimiser; they take turns, a pass over the work each, while the others wait; what is
 told are medians over --repeats turns, and the ratio with a 95% interval over the turns. The machine's own limits, a big
-matrix product and a big copy, are measured in the same run. See docs/reference/benchmarks.md.
+matrix product, a big copy and a big read, are measured in the same run. See docs/reference/benchmarks.md.
 """
 
 import argparse

@@ -1,6 +1,5 @@
 """This package as a contender: its own steps, batches and engine, at the settings that suit the work."""
 
-import functools
 import json
 import math
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from laif_jax.training.state import create_state, state_shardings
 from laif_jax.training.step import enable_compilation_cache, make_train_step
 from laif_jax.training.tasks import preference_task, sft_task
 
+CACHED = 2**24  # bytes of logits
 OPTIMIZER = OptimizerSpec(name="adamw", learning_rate=1e-6, clip_norm=1.0)
 
 
@@ -83,7 +83,8 @@ def encoded(prompt: list[int], answer: list[int], whole: bool) -> Encoded:
 
 
 def make_batches(rows: Any, job: dict[str, Any]) -> Any:
-    """One pass over the work, again and again; rows of real lengths are packed."""
+    """One pass over the work, again and again. Rows of real lengths are packed: batches of the peers' shape, of which
+    there are fewer."""
     packed = job["lengths"] == "real"
     options = {
         "max_length": job["sequence"],
@@ -92,31 +93,31 @@ def make_batches(rows: Any, job: dict[str, Any]) -> Any:
         "epochs": 1,
         "shuffle": False,
     }
-    steps = len(rows) // job["batch"]
     if job["task"] == "sft":
         dialogues = [encoded(row["prompt"], row["completion"], True) for row in rows]
-        make: Any = functools.partial(sft_batches, dialogues, **options)
-        return make(batch_size=rows_per_step(make, 1, steps) if packed else job["batch"])
+        return sft_batches(dialogues, batch_size=job["batch"], **options)
     pairs = [
         EncodedPair(
             encoded(row["prompt"], row["chosen"], False), encoded(row["prompt"], row["rejected"], False)
         )
         for row in rows
     ]
-    make = functools.partial(preference_batches, pairs, share_prompts=packed, **options)
-    return make(batch_size=rows_per_step(make, 2, steps) if packed else job["batch"])
+    size = job["batch"] * (2 if packed else 1)  # rows, of which a pair has two, or pairs
+    return preference_batches(pairs, batch_size=size, share_prompts=packed, **options)
 
 
-def rows_per_step(make: Any, multiple: int, steps: int) -> int:
-    """The fewest packed rows per update with which the work takes as many updates as it takes the peers."""
-    return multiple * math.ceil(make(batch_size=multiple).total_steps / steps)
+def model_options(job: dict[str, Any]) -> dict[str, Any]:
+    """What suits the device. Fastest on a CPU is to keep only the products with weights, since what the others make is
+    read again from memory, and to take as many tokens at a time as have logits that fit into its cache."""
+    if jax.default_backend() != "cpu":
+        return {"dtype": job["dtype"], "remat": job["remat"]}
+    remat = "dots" if job["remat"] == "none" else job["remat"]
+    return {"dtype": job["dtype"], "remat": remat, "chunk": CACHED // (4 * job["shape"]["vocab"])}
 
 
 def training(cfg: ModelConfig, rows: Any, job: dict[str, Any], mesh: Any) -> Block:
     batches = make_batches(rows, job)
-    # Keeping only the products with weights is the fastest on a CPU: what the others make is read again from memory.
-    remat = "dots" if job["remat"] == "none" and jax.default_backend() == "cpu" else job["remat"]
-    options: dict[str, Any] = {"dtype": job["dtype"], "remat": remat}
+    options = model_options(job)
     segments = batches.layout.max_segments
     if job["task"] == "sft":
         task = sft_task(cfg, SftSpec(epochs=1, optimizer=OPTIMIZER), **options)

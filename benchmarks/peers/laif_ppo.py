@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from laif import config, peak_bytes
+from laif import config, model_options, peak_bytes
 from serve import Block, serve
 
 from laif_jax.config.rl import PpoSpec
@@ -65,7 +65,7 @@ class Iterations:
             self.mesh,
         )
         self.update = make_update(
-            UpdateConfig(policy, scalar, remat=job["remat"], **common),
+            UpdateConfig(policy, scalar, **model_options(job)),
             self.optimizer,
             self.mesh,
             state_shardings(self.state),
@@ -118,7 +118,7 @@ class Iterations:
 
 def micro_batch(rows: int, length: int) -> int:
     """Rows of one forward pass of the update: as many as keep the device busy, since their activations take memory."""
-    tokens = 512 if jax.default_backend() == "cpu" else 16384
+    tokens = 1024 if jax.default_backend() == "cpu" else 16384
     return max(n for n in range(1, rows + 1) if rows % n == 0 and (n == 1 or n * length <= tokens))
 
 

@@ -136,12 +136,16 @@ def train(rows: Any, job: dict[str, Any], gate: Any) -> None:
         from trl import RewardConfig, RewardTrainer
 
         examples = [
-            {"chosen_ids": row["prompt"] + row["chosen"], "rejected_ids": row["prompt"] + row["rejected"]}
+            {
+                "chosen_ids": row["prompt"] + row["chosen"],
+                "rejected_ids": row["prompt"] + row["rejected"],
+                "length": len(row["prompt"]) + max(len(row["chosen"]), len(row["rejected"])),
+            }
             for row in rows
-        ]
+        ]  # it groups by `length`, which it would drop as unused
         trainer = RewardTrainer(
             model=LlamaForSequenceClassification(config(shape, job["sequence"], num_labels=1)),
-            args=RewardConfig(**common),
+            args=RewardConfig(remove_unused_columns=False, **common),
             train_dataset=Dataset.from_list(examples),
             processing_class=words,
             callbacks=callbacks,

@@ -34,7 +34,7 @@ def test_an_environment_that_is_there_is_used(tmp_path):
     assert found[OURS] == (Path(sys.executable), PEER_FOLDER / "laif_ppo.py")
 
 
-@pytest.mark.parametrize(("rows", "length", "found"), [(8, 128, 4), (6, 200, 2), (3, 600, 1), (4, 8, 4)])
+@pytest.mark.parametrize(("rows", "length", "found"), [(8, 128, 8), (6, 400, 2), (3, 1200, 1), (4, 8, 4)])
 def test_rows_of_a_forward_pass_divide_the_minibatch(rows, length, found, monkeypatch):
     monkeypatch.syspath_prepend(str(PEER_FOLDER))
     from laif_ppo import micro_batch

@@ -57,7 +57,7 @@ def test_every_task_is_a_command_of_the_harness_and_every_target_a_task():
             assert options.task == [task.key]
             assert set(options.against) <= {"trl", "tunix"}
     assert {target.task for target in performance_page.TARGETS} <= {task.name for task in TASKS}
-    assert sum(task.minutes for task in TASKS) <= 35
+    assert sum(task.minutes for task in TASKS) <= 45
 
 
 def test_a_page_without_results_says_so(folders):
@@ -83,9 +83,7 @@ def test_targets_that_are_and_are_not_reached(folders):
 
 def test_a_measurement_is_kept_and_not_repeated(folders, monkeypatch, capsys):
     monkeypatch.setattr(performance, "ROOT", folders)
-    script = (
-        "import json; print('for people'); print(json.dumps({'ratio_to_one_by_one': 4.5, 'data': 'DATA'}))"
-    )
+    script = "import json; print('for people'); print(json.dumps({'ratio_to_one_command_each': 4.5, 'data': 'DATA'}))"
     (folders / "quick.py").write_text(script)
     options = Namespace(again=False, data=Path("lengths"), envs=Path("envs"))
     task = Task("sweep", "quick", 1)
@@ -95,12 +93,15 @@ def test_a_measurement_is_kept_and_not_repeated(folders, monkeypatch, capsys):
     performance.measure(task, options)
     result = performance.read(task)
     assert result is not None
-    assert result["ratio_to_one_by_one"] == 4.5
+    assert result["ratio_to_one_command_each"] == 4.5
     assert result["machine"]["cores"] >= 1
     (folders / "quick.py").unlink()
     performance.measure(task, options)
     assert "sweep: there" in capsys.readouterr().out
-    assert "| a sweep of 16 seeds, beside one by one | >= 4.00x | 4.50x |  | yes |" in performance_page.page()
+    assert (
+        "| a sweep of 16 seeds, beside a command for each | >= 4.00x | 4.50x |  | yes |"
+        in performance_page.page()
+    )
 
 
 # ---- how cost grows --------------------------------------------------------------------------------------------

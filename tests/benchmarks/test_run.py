@@ -75,7 +75,8 @@ def test_decoding_is_bound_by_reading_the_weights_where_that_takes_longer():
     weights = SMALL.matrix_parameters * 4
     assert slow_memory > 16 * weights / 1e9
     fast_memory = bound_seconds("generate", rows, options, {"flops": 1e9, "bytes_per_second": 1e15})
-    assert fast_memory == pytest.approx(work_flops("generate", rows, SMALL) / 1e9)
+    unread = 4 * 8 * 2 * SMALL.vocab * SMALL.hidden  # nobody asks for the words after a prompt's tokens
+    assert fast_memory == pytest.approx((work_flops("generate", rows, SMALL) - unread) / 1e9)
 
 
 def test_an_iteration_of_ppo_is_bound_by_drawing_scoring_and_updates():
