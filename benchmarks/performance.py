@@ -101,6 +101,7 @@ def measure(task: Task, options: argparse.Namespace) -> None:
         print(f"{task.name}: failed, see {log.name}", file=sys.stderr, flush=True)
         return
     found = json.loads(printed.splitlines()[-1])
+    found.pop("arguments", None)  # with folders of this machine; `command` is what can be repeated
     kept = {"command": _shown(task), "took_seconds": round(seconds, 1)} | {"machine": machine} | found
     kept["machine"].setdefault("load_after", round(os.getloadavg()[0], 1))
     task.path.write_text(json.dumps(kept, indent=1) + "\n")
