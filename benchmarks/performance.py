@@ -58,7 +58,7 @@ TASKS = (
     Task(
         "ppo",
         f"{_RUN} --task ppo --against trl --sequence 128 --new 64 --steps 1 --epochs 4 --repeats 3 --warmups 0",
-        4,
+        6,
     ),
     Task("sweep", "benchmarks.sweep --json", 8),
     Task(

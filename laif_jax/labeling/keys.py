@@ -142,11 +142,11 @@ def redact(text: str, *, shapes: bool = False) -> str:
     escapes = _ESCAPES.search(text) is not None
     for value in sorted(
         _known, key=len, reverse=True
-    ):  # of a key that begins like a shorter one nothing is left over
+    ):  # of one that begins like a shorter one nothing is left over
+        if escapes or '"' in value or "\\" in value:  # first, lest half of an escaped backslash be left over
+            text = _escaped(value).sub(HIDDEN, text)
         if value in text:
             text = text.replace(value, HIDDEN)
-        if escapes or '"' in value or "\\" in value:
-            text = _escaped(value).sub(HIDDEN, text)
     return _SHAPES.sub(HIDDEN, text) if shapes else text
 
 

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 from urllib.parse import quote, unquote
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laif_jax.config.schema import EndpointSpec
+from laif_jax.labeling import keys
 from laif_jax.labeling.calls import Endpoint
 from laif_jax.labeling.errors import EndpointError
 from laif_jax.labeling.keys import Key, RedactingFilter, read_key, redact
@@ -131,7 +133,18 @@ def written(key: str, forms: list[int]) -> str:
 def test_a_known_key_is_found_however_it_is_escaped(drawn: tuple[str, list[int], bool]) -> None:
     key, forms, twice = drawn
     key = "k3y" + key
-    Key(key)
+    with mock.patch.object(keys, "_known", set()):  # not the other examples' keys
+        Key(key)
+        check_escaped(key, forms, twice)
+
+
+def test_a_key_that_ends_with_a_backslash_is_found_whole() -> None:
+    with mock.patch.object(keys, "_known", set()):
+        Key("k3yaaaaaaaa\\")
+        check_escaped("k3yaaaaaaaa\\", [0] * 9, False)
+
+
+def check_escaped(key: str, forms: list[int], twice: bool) -> None:
     text = f'{{"error": "the key {written(key, [0, 0, 0, *forms])} is wrong, at https://h/?q={quote(key, safe="")}"}}'
     assert key in json.loads(text)["error"]
     if twice:  # JSON as a text in JSON, as proxies wrap what they got
