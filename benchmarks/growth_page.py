@@ -8,6 +8,14 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import (
+    EngFormatter,
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from benchmarks.growth import CURVES, ROOT, Curve, read
 from laif_jax.studies.svg import PALETTE, STYLE, VARIABLES
@@ -126,6 +134,7 @@ def draw(curve: Curve, points: Sequence[dict[str, Any]], path: Path) -> None:
             axes.set(xscale="log", yscale="log", xlabel=curve.axis, ylabel=unit)
             if unit == "MB":
                 _first_power(axes, points)
+            _ticks(axes, [point["size"] for point in points])
             axes.legend(fontsize=8)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
@@ -133,6 +142,20 @@ def draw(curve: Curve, points: Sequence[dict[str, Any]], path: Path) -> None:
     for color, seen in COLORS.items():
         text = text.replace(color, seen)
     path.write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n")
+
+
+def _ticks(axes: Any, sizes: Sequence[int]) -> None:
+    """Sizes below; 1, 2 and 5 times the powers of ten at the side, over at least a factor of four."""
+    axes.xaxis.set_major_locator(FixedLocator(sizes))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_ylim()
+    middle = math.sqrt(low * high)
+    axes.set_ylim(min(low, middle / 2), max(high, middle * 2))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())
+        axis.set_minor_locator(NullLocator())
 
 
 def _first_power(axes: Any, points: Sequence[dict[str, Any]]) -> None:
