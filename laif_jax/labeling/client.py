@@ -22,9 +22,7 @@ from laif_jax.records import Comparison, Completion, Judgement, Prompt, Rating
 log = logging.getLogger(__name__)
 Progress = Callable[[JobStatus], None]
 RAISED = 1.0  # seconds in which a job notices that its budget was raised
-FIRST_LOOK = (
-    0.01  # seconds until the first look at a job; each is twice as long as the one before, up to `poll`
-)
+FIRST_LOOK = 0.01  # seconds until the first look at a job; every wait is twice the one before, up to `poll`
 _JSON = {"Content-Type": "application/json"}
 _completion: TypeAdapter[Completion | Failure] = TypeAdapter(Completion | Failure)
 
