@@ -57,15 +57,15 @@ TASKS = (
     Task("reward-real", f"{_RUN} --task reward --against trl {_REAL} --steps 2 --repeats 3 --warmups 0", 3),
     Task(
         "ppo",
-        f"{_RUN} --task ppo --against trl --sequence 128 --new 64 --steps 1 --epochs 4 --repeats 3 --warmups 0",
-        6,
+        f"{_RUN} --task ppo --against trl --sequence 128 --new 64 --steps 1 --epochs 4 --repeats 5 --warmups 0",
+        8,
     ),
     Task("sweep", "benchmarks.sweep --json", 8),
     Task(
         "generate-mixed",
         f"{_RUN} --task generate --against trl,tunix --lengths real --batch 32 --steps 4 --sequence 320 --new 256"
-        " --repeats 1 --warmups 0",
-        8,
+        " --repeats 2 --warmups 0",
+        12,
     ),
 )
 

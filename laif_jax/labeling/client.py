@@ -39,6 +39,7 @@ class LabelClient:
       token: what a service with a token asks for; see `access.read_token`.
       job_budget: what each job may cost, over all its runs, as in "2.50USD".
       death: says how the service died, "" while it lives; then nobody waits for it (see `LabelService.client`).
+      sleep: how it waits for a job.
     """
 
     def __init__(
@@ -50,10 +51,11 @@ class LabelClient:
         death: Callable[[], str] | None = None,
         token: Key | None = None,
         job_budget: str | None = None,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.url = url.rstrip("/")
         self.last_job = ""
-        self._job_budget = job_budget
+        self._job_budget, self._sleep = job_budget, sleep
         self._poll, self._patience, self._death = poll, patience, death or (lambda: "")
         # No proxy: the service is on this machine, or on one that the user named.
         self._http = httpx.Client(
@@ -267,6 +269,7 @@ class LabelClient:
             if on_progress is not None:
                 on_progress(status)
             if status.state == "done":
+                self.last_job = status.id  # others may have asked while this one waited
                 return status
             if status.state == "out_of_budget" and time.monotonic() > submitted + RAISED:
                 raise LabelServiceError(
@@ -284,8 +287,9 @@ class LabelClient:
                 stalled_since = 0.0
             left = pause if limit is None else min(pause, limit - time.monotonic())
             if left <= 0:
+                self.last_job = status.id
                 return status
-            time.sleep(left)
+            self._sleep(left)
             pause = min(2 * pause, self._poll)
             status = self._look(status.id, limit)
 

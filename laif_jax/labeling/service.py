@@ -8,7 +8,8 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,8 +176,13 @@ class LabelService:
     def pid(self) -> int:
         return self.process.pid
 
-    def client(self, poll: float = 0.2, job_budget: str | None = None) -> LabelClient:
-        return LabelClient(self.url, poll=poll, death=self.process.death, job_budget=job_budget)
+    def client(
+        self,
+        poll: float = 0.2,
+        job_budget: str | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> LabelClient:
+        return LabelClient(self.url, poll=poll, death=self.process.death, job_budget=job_budget, sleep=sleep)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from laif_jax.labeling.service import start_service
 from laif_jax.models import fetch
 from laif_jax.parallel import distributed, mesh
 from laif_jax.stages.artifact import StageError
+from laif_jax.training import together
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,9 @@ class Services(contextlib.AbstractContextManager):
                     f"labeling.token_env: the environment variable {spec.token_env} is not set. Set it to the token of "
                     f"the service at {spec.url}"
                 )
-            client = LabelClient(spec.url, poll=spec.poll, token=token, job_budget=spec.job_budget)
+            client = LabelClient(
+                spec.url, poll=spec.poll, token=token, job_budget=spec.job_budget, sleep=together.pause
+            )
             return self._stack.enter_context(client)
         store = spec.store or str(self._root / "labels")
         if "://" in store:
@@ -70,7 +73,7 @@ class Services(contextlib.AbstractContextManager):
                 "folder that outlives the machine's job, or `labeling.url` to a service that runs elsewhere"
             )
         service = self._stack.enter_context(start_service(store, budget=spec.budget))
-        return self._stack.enter_context(service.client(spec.poll, spec.job_budget))
+        return self._stack.enter_context(service.client(spec.poll, spec.job_budget, sleep=together.pause))
 
     @property
     def store(self) -> Path | None:

@@ -8,6 +8,7 @@ from typing import TypeVar
 from laif_jax.config import LabelingSpec
 from laif_jax.labeling.complete import Failure
 from laif_jax.records import Completion, Judgement
+from laif_jax.training import together
 
 logger = logging.getLogger(__name__)
 PAUSE_FIRST, PAUSE_MOST = 1.0, 30.0  # seconds before an endpoint that does not answer is asked again
@@ -38,7 +39,7 @@ def ask_patiently(ask: Callable[[], list[Answer]], name: str, spec: LabelingSpec
             "%d of %d %s have no answer of %s (%s); waiting for it, up to %.0f s",
             *(len(found) - decided, len(found), what, name, passing[0], left),
         )
-        time.sleep(min(pause, left))
+        together.pause(min(pause, left))
         pause = min(2 * pause, PAUSE_MOST)
 
 

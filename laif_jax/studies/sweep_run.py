@@ -1,4 +1,5 @@
-"""The stages of all points of a sweep: what points share runs once, what trains alike trains together."""
+"""The stages of all points of a sweep: what points share runs once, what trains alike trains together, and what asks
+critics and teachers asks them side by side."""
 
 import functools
 import json
@@ -24,6 +25,7 @@ from laif_jax.training.together import Meeting, Member
 logger = logging.getLogger(__name__)
 
 TRAINED = ("pretrain", "sft", "dpo", "reward", "rejection")  # the stages that train by `training.loop.train`
+ASKED = ("teach", "label", "evaluate", "agreement")  # wait for answers, and hold no model meanwhile
 SMALL = 100_000_000  # weights; above, one model keeps an accelerator busy
 BYTES = 32  # per weight and member: float32 weights, gradients and two moments, and one more copy of it all
 SHARE = 0.25  # of the memory, for the members' states; the rest is for activations and everything else
@@ -136,39 +138,42 @@ class _Execution:
     def next(self) -> None:
         """Runs what is ready: everything but training, and, when that is all there is, training."""
         ready = [node for node in self.waiting if all(i in self.outcomes for i in node.inputs.values())]
-        training = [node for node in ready if self._trains(node)] if self.most > 1 else []
-        others = [node for node in ready if node not in training]
-        if others and self.most > 1:
-            for node in others:
-                self._alone(node)
-        elif others:  # in the order in which `laif run` would: a point is finished before the next begins
-            self._alone(others[0])
+        if self.most == 1:  # in the order of `laif run`: a point is finished before the next begins
+            self._alone(ready[0])
         else:
-            self._together(training)
+            training = [node for node in ready if self._is(node, TRAINED)]
+            asking = [node for node in ready if self._is(node, ASKED)]
+            for node in ready:
+                if node not in training and node not in asking:
+                    self._alone(node)
+            if asking:
+                self._side_by_side(asking)
+            elif len(training) == len(ready):
+                self._side_by_side([n for n in training if self._group(n) == self._group(training[0])])
         self.waiting = [node for node in self.waiting if node not in self.outcomes]
 
-    def _trains(self, node: Node) -> bool:
+    def _is(self, node: Node, kinds: Sequence[str]) -> bool:
+        """Whether running the node means running an unfinished stage of one of these kinds."""
         if broken(node, self.outcomes):
             return False
         if node not in self.peeked:
             self.peeked[node] = peek(lambda: node.run(given(node, self.outcomes)))
         found = self.peeked[node]
-        return found is not None and found.kind in TRAINED and not found.finished
+        return found is not None and found.kind in kinds and not found.finished
 
     def _alone(self, node: Node) -> None:
         logger.info("[%d/%d] %s (seed %d)", len(self.outcomes) + 1, self.count, node.name, node.seed)
         self._end(node, run_node(node, self.outcomes))
 
-    def _together(self, nodes: Sequence[Node]) -> None:
-        """One batch of training: nodes of one kind and one executable, each stage once."""
+    def _side_by_side(self, nodes: Sequence[Node]) -> None:
+        """At most `most` stages, each once: what they train is trained together, and all wait at the same time."""
         stages: dict[Any, list[Node]] = {}
         for node in nodes:
             stages.setdefault(self._stage(node).folder, []).append(node)
-        twins = list(stages.values())
-        twins = [same for same in twins if self._group(same[0]) == self._group(twins[0][0])][: self.most]
+        twins = list(stages.values())[: self.most]
         firsts = [same[0] for same in twins]
-        kind = self._stage(firsts[0]).kind
-        logger.info("[%d/%d] %s: %d stages", len(self.outcomes) + 1, self.count, kind, len(firsts))
+        kinds = ", ".join(dict.fromkeys(self._stage(node).kind for node in firsts))
+        logger.info("[%d/%d] %s: %d stages", len(self.outcomes) + 1, self.count, kinds, len(firsts))
         calls = [functools.partial(run_node, node, self.outcomes) for node in firsts]
         for same, outcome in zip(twins, Meeting(self.most, self._tell).run(calls), strict=True):
             if isinstance(outcome, BaseException):

@@ -8,8 +8,8 @@ iterator, schedule, log and checkpoints, exactly as a run alone would, and only 
 The members' axis is laid over all devices; each device takes its members by `vmap` on accelerators, and on CPU one
 after the other inside of the program: the CPU's compiler makes slower code of batched products than of plain ones.
 
-Code that calls `train` runs in threads, of which one runs at a time, and none while the meeting trains: what the code
-does needs no locks.
+Code that takes part runs in threads, of which one runs at a time, and none while the meeting trains: what the code
+does needs no locks. One that waits for somebody else, by `pause`, lets the others run.
 """
 
 import functools
@@ -17,6 +17,7 @@ import itertools
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -88,6 +89,15 @@ def joined() -> "_Fiber | None":
     return _JOINED.get()
 
 
+def pause(seconds: float) -> None:
+    """`time.sleep`; in a meeting the other calls run meanwhile, and it may take longer."""
+    fiber = _JOINED.get()
+    if fiber is None:
+        time.sleep(seconds)
+    else:
+        fiber.pause(time.monotonic() + seconds)
+
+
 def advance(course: Generator[Any, Any, Any], sent: Any = None) -> Any:
     """What a generator yields next, given the answer to what it yielded last (None at first); None at its end."""
     try:
@@ -104,10 +114,11 @@ class _Fiber:
 
     def __init__(self, call: Callable[[], Any], name: str):
         self._call = call
-        self._answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._asked: queue.SimpleQueue[Member | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[Member | float | None] = queue.SimpleQueue()
         self.result: Any = None
         self.error: BaseException | None = None
+        self.stands = False  # it has begun, and waits for `resume`
         # A daemon: a person who interrupts does not wait for what a stage does.
         self.thread = threading.Thread(target=self._main, name=name, daemon=True)
 
@@ -120,24 +131,40 @@ class _Fiber:
             self.error = error
         self._asked.put(None)
 
-    def resume(self) -> Member | None:
-        """Runs the call up to its next training, which is returned; None: it has ended."""
-        if not self.thread.is_alive():
+    def resume(self, error: BaseException | None = None) -> Member | float | None:
+        """Runs the call up to its next training, which is returned, or its next pause: the time (of the monotonic
+        clock) at which it wants to go on; None: it has ended.
+
+        Args:
+          error: is raised where the call stands.
+        """
+        if self.thread.ident is None:
             self.thread.start()
-        self._answers.put(True)
-        return self._asked.get()
+        self.stands = False
+        self._answers.put(error)
+        asked = self._asked.get()
+        self.stands = asked is not None
+        return asked
+
+    def _yield(self, asked: "Member | float") -> None:
+        self._asked.put(asked)
+        if (error := self._answers.get()) is not None:
+            raise error
 
     def train(self, member: Member) -> tuple[TrainState, int]:
         """Called in the thread: waits until the meeting has trained `member`."""
-        self._asked.put(member)
-        self._answers.get()
+        self._yield(member)
         if member.error is not None:
             raise member.error
         return member.state, member.first
 
+    def pause(self, until: float) -> None:
+        """Called in the thread: waits until that time, at least."""
+        self._yield(until)
+
 
 class Meeting:
-    """Runs calls side by side and trains together what they train.
+    """Runs calls side by side, each while the others wait, and trains together what they train.
 
     Args:
       most: members of a group at most. on_group: told of each group before it is trained.
@@ -155,19 +182,26 @@ class Meeting:
           stage in order.
         """
         fibers = [_Fiber(call, f"member-{index}") for index, call in enumerate(calls)]
-        suspended: dict[_Fiber, Member | None] = dict.fromkeys(fibers)
+        ready, paused, training = list(fibers), dict[_Fiber, float](), dict[_Fiber, Member]()
         try:
-            while suspended:
-                for fiber in list(suspended):
-                    del suspended[fiber]
-                    if (member := fiber.resume()) is not None:
-                        suspended[fiber] = member
-                self._serve([member for member in suspended.values() if member is not None])
+            while ready or paused or training:
+                for fiber in ready:
+                    asked = fiber.resume()
+                    if isinstance(asked, Member):
+                        training[fiber] = asked
+                    elif asked is not None:
+                        paused[fiber] = asked
+                if paused:
+                    time.sleep(max(0.0, min(paused.values()) - time.monotonic()))
+                    ready = [fiber for fiber, until in paused.items() if until <= time.monotonic()]
+                    paused = {fiber: until for fiber, until in paused.items() if fiber not in ready}
+                else:
+                    self._serve(list(training.values()))
+                    ready, training = list(training), {}
         except BaseException as error:
-            for fiber, member in suspended.items():
-                if member is not None:  # it has begun
-                    member.error = member.error or error
-                    fiber.resume()
+            for fiber in fibers:
+                if fiber.stands:
+                    fiber.resume(error)
             raise
         return [fiber.error if fiber.error is not None else fiber.result for fiber in fibers]
 

@@ -68,6 +68,23 @@ def test_a_job_of_20000_items_is_accepted_and_reported(service) -> None:
         assert [json.loads(line)["comparison_id"] for line in page] == [item.id for item in items[7:12]]
 
 
+def test_who_waits_may_let_others_ask_by_the_same_client(service) -> None:
+    """What came last is what the caller's own job gave, not what was submitted last."""
+    ours, theirs = planted(100)[60:], planted(60)
+    asked: list[int] = []
+
+    def elsewhere(seconds: float) -> None:
+        if not asked:  # once, while the first job is under way
+            asked.append(1)
+            asked.append(len(client.judge(SPEC, "ab_logprob", theirs)))
+        time.sleep(seconds)
+
+    with service.client(sleep=elsewhere) as client:
+        judged = client.judge(SPEC, "ab_logprob", ours)
+        assert asked == [1, 60]
+        assert {part for j in judged for part in j.parts} == {j.id for j in client.judgements()}
+
+
 def test_a_second_run_asks_nothing(service) -> None:
     items = planted(50)
     with service.client() as client:

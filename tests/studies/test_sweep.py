@@ -2,15 +2,20 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from laif_jax.cli.main import main
 from laif_jax.config.load import ConfigError
+from laif_jax.stages.artifact import run_stage
 from laif_jax.studies import sweep_run
+from laif_jax.studies.graph import Node
 from laif_jax.studies.sweep_axes import Axis, label_of, make_points, read_axes
 from laif_jax.studies.sweep_report import interval, page, summarise, table_text
+from laif_jax.training import together
 from tests.studies import tiny
 
 SMALL = {
@@ -149,6 +154,43 @@ def test_wandb_is_one_by_one(study):
     assert sweep_run.members_at_once(configs, None) == (1, "`wandb` follows one run at a time")
     with pytest.raises(sweep_run.SweepError, match="--together 4: `wandb` follows one run"):
         sweep_run.members_at_once(configs, 4)
+
+
+# ---- what runs beside what ---------------------------------------------------------------------------------------
+
+
+def running(kind, number, root, seen):
+    """A node of a stage that is under way until another one is, or for 0.3 s."""
+
+    def work(folder):
+        seen.append(number)
+        end = time.monotonic() + 0.3
+        while len(seen) < 2 and time.monotonic() < end:
+            together.pause(0.001)
+        seen.append(-number)
+        return {}
+
+    name = f"{kind}-{number}"
+    return Node(name, lambda _: run_stage(kind, {"number": number}, {}, epath.Path(root), work))
+
+
+@pytest.mark.parametrize(
+    ("kind", "most", "order"),
+    [
+        ("label", 2, [1, 2, -1, -2]),
+        ("evaluate", 2, [1, 2, -1, -2]),
+        ("ppo", 2, [1, -1, 2, -2]),  # it holds its models while it waits
+        ("label", 1, [1, -1, 2, -2]),
+    ],
+)
+def test_stages_that_ask_wait_side_by_side(kind, most, order, tmp_path):
+    """And a stage of two points is run once."""
+    seen: list[int] = []
+    nodes = [running(kind, number, tmp_path, seen) for number in (1, 2, 1)]
+    found = sweep_run.execute_points([("", [node]) for node in nodes], most=most)
+    assert sorted(seen) == sorted(order)
+    assert seen[:2] == order[:2]
+    assert [found[node].artifact.manifest["settings"]["number"] for node in nodes] == [1, 2, 1]
 
 
 # ---- the table ---------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Runs that train together leave what they leave alone: losses, weights, files; and one that fails is the only one."""
 
+import functools
 import json
+import time
 
 import jax
 import numpy as np
@@ -263,6 +265,77 @@ def test_numbers_do_not_compile_again(tmp_path):
     step = together.members_step(toys.loss_fn, make_optimizer(optimizer(0)), mesh, True)
     assert together.members_step.cache_info().misses == 1
     assert step._cache_size() == 1
+
+
+# ---- waiting -----------------------------------------------------------------------------------------------------
+
+
+def until(condition, limit=60.0):
+    """Pauses until it holds: for ever, if the others may not run meanwhile."""
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end
+        together.pause(0.001)
+
+
+def test_one_that_waits_lets_the_others_run(tmp_path):
+    seen: list[str] = []
+
+    def waiting():
+        seen.append("asks")
+        until(lambda: "answers" in seen)
+        return toy(0, tmp_path / "0").history[-1]["step"]
+
+    def answering():
+        until(lambda: "asks" in seen)
+        together.pause(0.01)
+        seen.append("answers")
+
+    groups: list[int] = []
+    trains = functools.partial(toy, 1, tmp_path / "1")
+    trained, waited, _ = meet([trains, waiting, answering], groups)
+    assert (trained.history[-1]["step"], waited) == (6, 5)
+    assert groups == [2]  # what is to be trained waits for those that wait for somebody else
+
+
+def test_an_interruption_reaches_those_that_wait():
+    seen = []
+
+    def waiting():
+        try:
+            until(lambda: False)
+        except BaseException as error:
+            seen.append(type(error))
+            raise
+
+    def interrupted():
+        until(lambda: time.monotonic() > start + 0.02)
+        seen.append("interrupts")
+        raise ValueError("of this call alone")
+
+    start = time.monotonic()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(together.time, "sleep", _interrupt_when(lambda: "interrupts" in seen))
+        with pytest.raises(KeyboardInterrupt):
+            meet([waiting, interrupted, waiting])
+    assert seen == ["interrupts", KeyboardInterrupt, KeyboardInterrupt]
+
+
+def _interrupt_when(condition):
+    sleep = time.sleep
+
+    def stand_in(seconds):
+        if condition():
+            raise KeyboardInterrupt
+        sleep(seconds)
+
+    return stand_in
+
+
+def test_outside_of_a_meeting_a_pause_is_a_sleep():
+    start = time.monotonic()
+    together.pause(0.05)
+    assert time.monotonic() - start >= 0.05
 
 
 # ---- failing and going on ----------------------------------------------------------------------------------------
