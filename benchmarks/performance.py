@@ -58,14 +58,14 @@ TASKS = (
     Task(
         "ppo",
         f"{_RUN} --task ppo --against trl --sequence 128 --new 64 --steps 1 --epochs 4 --repeats 5 --warmups 0",
-        8,
+        7,
     ),
     Task("sweep", "benchmarks.sweep --json", 8),
     Task(
         "generate-mixed",
         f"{_RUN} --task generate --against trl,tunix --lengths real --batch 32 --steps 4 --sequence 320 --new 256"
         " --repeats 2 --warmups 0",
-        12,
+        10,
     ),
 )
 
