@@ -15,7 +15,7 @@ from laif_jax.records import LaifError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `laif ARGUMENTS` and returns its exit status: 0 done, 1 a stage failed, 2 a mistake in what was asked, 75 it
     was asked to stop and saved (start it again)."""
-    options = _parser().parse_args(arguments)
+    options = _parsed(arguments)
     # Read when JAX and transformers are imported, which the verbs do.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -40,6 +40,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"laif: {error}", file=sys.stderr)
         return 2
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; settings (`key=value`) may also stand after them, where argparse no longer looks for any."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    settings = [word for word in rest if "=" in word and not word.startswith("-")]
+    if settings != rest or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _calm_libtpu(devices: Path = Path("/dev")) -> None:

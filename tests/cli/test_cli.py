@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import laif_jax.cli
-from laif_jax.cli.main import _calm_libtpu, main
+from laif_jax.cli.main import _calm_libtpu, _parsed, main
 from laif_jax.models import fetch
 from laif_jax.models.model import load_model
 from tests.studies import tiny
@@ -71,6 +71,21 @@ def test_wrong_arguments_exit_with_2(arguments, capsys):
         main(arguments)
     assert caught.value.code == 2
     assert "usage: laif" in capsys.readouterr().err
+
+
+def test_settings_may_stand_before_and_after_options():
+    asked = ["compile", QUICKSTART, "a=1", "--stage", "sft", "b.gpt-4=2", "--json", "c=x=y"]
+    options = _parsed(asked)
+    assert options.overrides == ["a=1", "b.gpt-4=2", "c=x=y"]
+    assert (options.stage, options.json) == (["sft"], True)
+
+
+@pytest.mark.parametrize("words", [["--jsom"], ["--jsom=1"], ["a=1", "stray"]])
+def test_what_is_no_setting_is_refused_after_options(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["compile", QUICKSTART, "--stage", "sft", *words])
+    assert caught.value.code == 2
+    assert f"unrecognized arguments: {' '.join(words)}" in capsys.readouterr().err
 
 
 def test_help_and_mistakes_are_told_before_jax_is_loaded():
