@@ -200,8 +200,8 @@ class Meeting:
                     ready, training = list(training), {}
         except BaseException as error:
             for fiber in fibers:
-                if fiber.stands:
-                    fiber.resume(error)
+                if fiber.stands:  # one that has failed by itself is told of that
+                    fiber.resume((training[fiber].error if fiber in training else None) or error)
             raise
         return [fiber.error if fiber.error is not None else fiber.result for fiber in fibers]
 

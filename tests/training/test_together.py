@@ -413,3 +413,28 @@ def test_an_interruption_reaches_all_members(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         meet([lambda seed=seed: interrupted(seed) for seed in range(2)])
     assert sorted(seen) == [(0, KeyboardInterrupt), (1, KeyboardInterrupt)]
+
+
+def test_one_that_had_failed_before_an_interruption_says_why(tmp_path):
+    seen = {}
+
+    def told(name, call):
+        try:
+            return call()
+        except BaseException as error:
+            seen[name] = type(error)
+            raise
+
+    def bad():
+        params = toys.params(1)
+        params["b"]["bias"] = params["b"]["bias"].at[0].set(np.nan)
+        return toy(1, tmp_path / "bad", params=params)
+
+    def interrupted(step, _):
+        if step == 4:
+            raise KeyboardInterrupt
+
+    other = functools.partial(toy, 0, tmp_path / "other", callback=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        meet([lambda: told("bad", bad), lambda: told("other", other)])
+    assert seen == {"bad": NonFiniteError, "other": KeyboardInterrupt}
