@@ -297,7 +297,12 @@ reward model: 1 pair of 2 x 1024 tokens. PPO: 4 prompts of 512 tokens and 512 ne
 epochs of 2 minibatches, with a value model, a reference and a reward model of the policy's size. Sampling: 8
 prompts per chip, the same lengths. For PPO and sampling 4 chips share the weights' columns and a row (`mesh.tensor:
 4`). `bound`: the least time of one update, one iteration of PPO or one batch of samples, from FLOPs, memory traffic
-and traffic between chips at the chip's full speed; a real step takes longer. Prices: `laif_jax/aot/chips.yaml`."""
+and traffic between chips at the chip's full speed; a real step takes longer. Prices: `laif_jax/aot/chips.yaml`.
+
+Decoding for the models without grouped queries (Llama-2-7B and 13B, DeepSeek-7B) has temporaries of 1.7 to 3.6
+times their cache (4.3, 6.7 and 4.0 GB), for the others of no more than their cache except on v5e: what the compiler
+keeps there has not been looked into. It is why Llama-2-13B's batch of samples does not fit v5e-64; `--search`
+finds the largest that does."""
 
 
 def main() -> None:
